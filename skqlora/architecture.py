@@ -1,0 +1,150 @@
+"""Which models can be adapted, told from their configuration before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+# Rotary embeddings whose angles depend on the longest row of the batch once it passes the length
+# that the model was trained on, so that a text's result would depend on its neighbours.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model before it is loaded.
+
+    Attributes
+    ----------
+    model_type : str
+        transformers' name of the family, e.g. "llama".
+    max_positions : int or None
+        Greatest number of tokens that the model takes; None where it sets no limit.
+    vocab_size : int
+        Number of tokens that the model has an embedding of.
+    """
+
+    model_type: str
+    max_positions: int | None
+    vocab_size: int
+
+
+def check_architecture(model: str, revision: str | None, *, quantized: bool) -> Architecture:
+    """Read a model's configuration and refuse, by name, what this package cannot adapt.
+
+    Parameters
+    ----------
+    model : str
+        A Hub id or a local folder.
+    revision : str or None
+        Branch, tag or commit on the Hub.
+    quantized : bool
+        Whether the base is to be quantized.
+
+    Returns
+    -------
+    architecture : Architecture
+
+    Raises
+    ------
+    ValueError
+        If there is no configuration; for an encoder-decoder, a model of something else than text,
+        or an already quantized checkpoint; and for one that would stay unquantized in part, as a
+        mixture of experts.
+    """
+    config = _read_config(model, revision)
+
+    def refusal(what: str, remedy: str) -> ValueError:
+        return ValueError(
+            f"model={model!r} ({config.model_type}) {what}. Wanted: a text encoder such as BERT or "
+            f"ModernBERT, or a decoder such as Llama, Qwen or Mistral. {remedy}"
+        )
+
+    if config.is_encoder_decoder:
+        raise refusal("is an encoder-decoder", "Take an encoder or a decoder of that size.")
+    if config.get_text_config() is not config:
+        raise refusal("takes more than text", "Take the text model that it was built from.")
+    if getattr(config, "quantization_config", None):
+        raise refusal("is already quantized", "Take its 16-bit checkpoint; `fit` quantizes it.")
+    try:
+        with torch.device("meta"):  # every shape and no weight
+            skeleton = AutoModel.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise refusal("has no base model in transformers", "Take another one.") from error
+    if not _reads_text(skeleton):
+        raise refusal("does not read text", "Take another one.")
+    kinds, share = _unquantizable(skeleton)
+    if quantized and kinds:
+        raise refusal(
+            f"keeps {share:.0%} of its weights in {', '.join(kinds)}, which bitsandbytes leaves "
+            "unquantized",
+            "Take a dense model, no mixture of experts.",
+        )
+    vocab_size = skeleton.get_input_embeddings().num_embeddings
+    return Architecture(config.model_type, _max_positions(config, skeleton), vocab_size)
+
+
+def _read_config(model: str, revision: str | None) -> PretrainedConfig:
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"model={model!r} is a folder without a config.json. Wanted: a folder that "
+            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
+        )
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # hub, network, JSON and registry errors share no base class
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={model!r} could not be read: {reason} Wanted: a local folder, or a model id of "
+            "the Hugging Face Hub that transformers knows without running code from its repository."
+        ) from error
+
+
+def _reads_text(skeleton: PreTrainedModel) -> bool:
+    return skeleton.main_input_name == "input_ids" and isinstance(
+        skeleton.get_input_embeddings(), nn.Embedding
+    )
+
+
+def _unquantizable(skeleton: nn.Module) -> tuple[list[str], float]:
+    """Name the layers that multiply by a matrix but stay unquantized, and tell their share.
+
+    transformers replaces `nn.Linear` and GPT-2's `Conv1D`, not what derives from them, nor stacks
+    of matrices with three axes, as experts are kept.
+    """
+    weights = {
+        parameter: type(module).__name__
+        for module in skeleton.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3
+        or (isinstance(module, nn.Linear) and type(module) is not nn.Linear and parameter.ndim == 2)
+    }
+    n_parameters = sum(p.numel() for p in skeleton.parameters())
+    return sorted(set(weights.values())), sum(p.numel() for p in weights) / n_parameters
+
+
+def _max_positions(config: PretrainedConfig, skeleton: nn.Module) -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    limits = [positions - _position_offset(skeleton)]
+    for rope in _rope_parameters(getattr(config, "rope_parameters", None)):
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            limits.append(rope.get("original_max_position_embeddings") or positions)
+    return min(limits)
+
+
+def _position_offset(skeleton: nn.Module) -> int:
+    """Rows at the start of RoBERTa's position table that no token uses."""
+    tables = [m for name, m in skeleton.named_modules() if name.endswith("position_embeddings")]
+    padding = [getattr(table, "padding_idx", None) for table in tables]
+    return max((index + 1 for index in padding if index is not None), default=0)
+
+
+def _rope_parameters(parameters: dict | None) -> list[dict]:
+    """One dict for each kind of layer; most models have one kind and nest nothing."""
+    nested = [value for value in (parameters or {}).values() if isinstance(value, dict)]
+    return nested or [parameters or {}]

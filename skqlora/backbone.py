@@ -1,0 +1,421 @@
+"""The frozen 4-bit base: what may be one, how it loads, and the clones it lends to adapters.
+
+Knows nothing of texts, labels or training. A base is only ever read: an adapter goes onto a clone
+of its module tree, which shares every tensor with it.
+"""
+
+import copy
+import functools
+import math
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from skqlora.fingerprint import fingerprint_source
+from skqlora.quiet import muted
+
+with muted():  # bitsandbytes announces an optional kernel package each time it is imported
+    import bitsandbytes as bnb
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+ADAPTER = "default"  # PEFT's own name for the only adapter of a model
+
+_load_lock = threading.Lock()
+_injection_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that makes one loaded base differ from another.
+
+    Attributes
+    ----------
+    model : str
+        A Hub id or a local folder.
+    revision : str or None
+    quantization : {"nf4", "fp4"} or None
+    double_quant : bool
+        Quantize the quantization constants too.
+    compute_dtype : torch.dtype
+        Of the products with the base's weights.
+    device : torch.device
+    """
+
+    model: str
+    revision: str | None
+    quantization: str | None
+    double_quant: bool
+    compute_dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter's shape and start depend on, in PEFT's names."""
+
+    r: int
+    lora_alpha: float  # an int by PEFT's annotation, but it only divides
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Size of a base in memory and of what is trained on it.
+
+    Attributes
+    ----------
+    quantized_parameters, quantized_bytes : int
+        Of the 4-bit layers, quantization constants included.
+    other_parameters, other_bytes : int
+        Of what is not quantized: embeddings and norms, or everything.
+    trainable_parameters : int
+        Of the adapter and the head, which are float32.
+    """
+
+    quantized_parameters: int
+    quantized_bytes: int
+    other_parameters: int
+    other_bytes: int
+    trainable_parameters: int
+
+    @property
+    def bits_per_quantized_parameter(self) -> float:
+        """Bits of a quantized parameter, or NaN if there is none.
+
+        QLoRA (arXiv 2305.14314, section 3) derives 4.127 for NF4 with double quantization.
+        """
+        return 8 * self.quantized_bytes / (self.quantized_parameters or math.nan)
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters over those of the base."""
+        return self.trainable_parameters / (self.quantized_parameters + self.other_parameters)
+
+    def __str__(self) -> str:
+        quantized, other = self.quantized_parameters / 1e6, self.other_parameters / 1e6
+        trained = self.trainable_parameters / 1e6
+        return (
+            f"4-bit layers  {quantized:9.2f} M parameters {self.quantized_bytes / 1e6:9.2f} MB"
+            f"  ({self.bits_per_quantized_parameter:.3f} bits each; {2 * quantized:.2f} MB in 16)\n"
+            f"the rest      {other:9.2f} M parameters {self.other_bytes / 1e6:9.2f} MB"
+            "  (embeddings and norms)\n"
+            f"trained       {trained:9.2f} M parameters {4 * trained:9.2f} MB"
+            f"  ({self.trainable_share:.2%} of the model)"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen base and what was found out about it.
+
+    Attributes
+    ----------
+    module : transformers.PreTrainedModel
+        Never changed after it is loaded; `lease` hands out clones.
+    spec : BackboneSpec
+    fingerprint : str
+        Hash of the source weights and the configuration: see `fingerprint_source`.
+    hidden_size : int
+        Features of a last hidden state.
+    causal : bool
+        Whether a token sees only those before it.
+    """
+
+    module: PreTrainedModel
+    spec: BackboneSpec
+    fingerprint: str
+    hidden_size: int
+    causal: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the base has an embedding of."""
+        embeddings: Any = self.module.get_input_embeddings()
+        return embeddings.num_embeddings
+
+    def lease(self, lora: LoraSettings, *, seed: int, keep_pooler: bool = False) -> PreTrainedModel:
+        """Return a clone of the base with fresh LoRA layers, for the caller to train or fill.
+
+        The clone shares every tensor of the base and owns only its modules and the adapter, which
+        is float32 whatever the base computes in. No dropout acts.
+
+        Parameters
+        ----------
+        lora : LoraSettings
+        seed : int
+            Of the adapter's first values.
+        keep_pooler : bool, default=False
+            Keep the base's pooler, if it has one. Without a use its LoRA would never get a
+            gradient.
+
+        Returns
+        -------
+        module : transformers.PreTrainedModel
+
+        Raises
+        ------
+        ValueError
+            If PEFT finds no module of that name in the base.
+        """
+        module = _clone(self.module)
+        if not keep_pooler:
+            _drop_pooler(module)
+        config = _peft_config(lora, fan_in_fan_out=_has_conv1d(module))
+        with _injection_lock, torch.random.fork_rng(devices=[]):  # on a CPU, whatever the device
+            torch.default_generator.manual_seed(seed)
+            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # PEFT takes the dtype of the base
+        return module
+
+    def autocast(self) -> AbstractContextManager:
+        """Precision of a forward pass: autocast on an accelerator, none on a CPU.
+
+        On a CPU the 4-bit layers alone compute in `compute_dtype`, which measured faster than
+        autocast at the same error of the gradient.
+        """
+        device, dtype = self.spec.device.type, self.spec.compute_dtype
+        if device == "cpu" or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device, dtype=dtype)
+
+    def footprint(self, trainable_parameters: int) -> Footprint:
+        """Measure the base and put the number of trained parameters beside it."""
+        layers = [m for m in self.module.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        packed: list[Any] = [layer.weight for layer in layers]
+        packed_ids = {id(weight) for weight in packed}
+        others = [p for p in self.module.parameters() if id(p) not in packed_ids]
+        return Footprint(
+            quantized_parameters=sum(math.prod(weight.quant_state.shape) for weight in packed),
+            quantized_bytes=sum(_quantized_bytes(weight) for weight in packed),
+            other_parameters=sum(p.numel() for p in others),
+            other_bytes=sum(p.nbytes for p in others),
+            trainable_parameters=trainable_parameters,
+        )
+
+
+def lora_layers(module: nn.Module) -> list[LoraLayer]:
+    """List the layers of a leased clone that carry an adapter, in the order of the model."""
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto" or a torch device name into a device that QLoRA can train on.
+
+    Raises
+    ------
+    ValueError
+        If the device is not there, or bitsandbytes cannot train on it.
+    """
+    if device == "auto":
+        device = next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Got device={device!r}, which is no torch device. Wanted: 'auto', 'cpu', 'cuda', "
+            "'cuda:1', 'xpu' ..."
+        ) from error
+    if resolved.type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(
+            f"Got device={device!r}, but bitsandbytes cannot train a 4-bit model on "
+            f"{resolved.type!r} devices. Pass device='cpu', or 'cuda' or 'xpu' where there is one."
+        )
+    if not _is_available(resolved.type):
+        raise ValueError(
+            f"Got device={device!r}, but torch sees no {resolved.type} device here. Pass "
+            "device='auto' to take what there is, or install a torch built for it."
+        )
+    if resolved.type != "cpu" and resolved.index is None:
+        resolved = torch.device(resolved.type, getattr(torch, resolved.type).current_device())
+    return resolved
+
+
+def _is_available(kind: str) -> bool:
+    return kind == "cpu" or getattr(torch, kind).is_available()
+
+
+def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """Turn "auto" or a name into the dtype of the products with the base's weights.
+
+    "auto" is bfloat16 where the hardware multiplies it, else float16 on a GPU and float32 on a CPU.
+
+    Raises
+    ------
+    ValueError
+        For float16 on a CPU.
+    """
+    if compute_dtype == "float16" and device.type == "cpu":
+        raise ValueError(
+            "Got compute_dtype='float16' on a CPU, where it trains neither fast nor stably. Pass "
+            "'auto', 'bfloat16' or 'float32'."
+        )
+    if compute_dtype != "auto":
+        return getattr(torch, compute_dtype)
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def load_backbone(spec: BackboneSpec, *, verbose: int = 0) -> Backbone:
+    """Return the base of `spec`, loaded and quantized at the first call of the process.
+
+    Parameters
+    ----------
+    spec : BackboneSpec
+    verbose : int, default=0
+        0 silences the libraries that load it.
+
+    Returns
+    -------
+    backbone : Backbone
+
+    Raises
+    ------
+    ValueError
+        If the weights are missing, incomplete or not in safetensors format.
+    """
+    with _load_lock, muted(not verbose):
+        return _load(spec)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(spec: BackboneSpec) -> Backbone:
+    fingerprint = fingerprint_source(spec.model, spec.revision)
+    with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn at random
+        module, loading = AutoModel.from_pretrained(
+            spec.model,
+            revision=spec.revision,
+            quantization_config=_quantization_config(spec),
+            dtype=_storage_dtype(spec),
+            device_map={"": spec.device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _refuse_missing_weights(spec.model, module, loading["missing_keys"])
+    _freeze(module, spec.compute_dtype)
+    hidden_size, causal = _probe(module, spec.device)
+    return Backbone(module, spec, fingerprint, hidden_size, causal)
+
+
+def _quantization_config(spec: BackboneSpec) -> BitsAndBytesConfig | None:
+    if spec.quantization is None:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=spec.compute_dtype,
+        llm_int8_skip_modules=[],  # a headless base has no layer to keep out
+    )
+
+
+def _storage_dtype(spec: BackboneSpec) -> torch.dtype:
+    """Dtype of what is not quantized: embeddings and norms, or everything."""
+    if spec.quantization is None:
+        return spec.compute_dtype
+    # On an accelerator bfloat16 halves the embeddings; float16 would overflow the residual stream.
+    on_accelerator = spec.device.type != "cpu"
+    return (
+        spec.compute_dtype
+        if on_accelerator and spec.compute_dtype == torch.bfloat16
+        else torch.float32
+    )
+
+
+def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[str]) -> None:
+    """Refuse a base with random weights; drop a pooler that the checkpoint does not have."""
+    if any(key.startswith("pooler.") for key in missing):
+        _drop_pooler(module)
+    missing = {key for key in missing if not key.startswith("pooler.")}
+    if missing:
+        raise ValueError(
+            f"model={model!r}: the checkpoint lacks {len(missing)} weights of "
+            f"{type(module).__name__}, e.g. {min(missing)!r}. Wanted: a complete checkpoint of the "
+            "architecture that its config.json names."
+        )
+
+
+def _drop_pooler(module: PreTrainedModel) -> None:
+    if hasattr(module, "pooler"):
+        setattr(module, "pooler", None)  # noqa: B010 (for mypy, a module has no such attribute)
+
+
+def _freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Bring the base to the state that nothing changes any more."""
+    module.eval().requires_grad_(False)
+    module.config.use_cache = False
+    for layer in module.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            # bitsandbytes would cast the bias in place at the first forward pass, and repack the
+            # weights for CPU inference, which makes later gradients wrong.
+            layer.support_avx512bf16_for_cpu = False
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(compute_dtype)
+
+
+@torch.no_grad()
+def _probe(module: PreTrainedModel, device: torch.device) -> tuple[int, bool]:
+    """Width of the last hidden state, and whether a token sees only those before it.
+
+    Configurations do not tell: `is_decoder` is unset for Llama. Two inputs that differ in their
+    last token do.
+    """
+    vocabulary = module.config.get_text_config().vocab_size
+    ids = torch.arange(5, 13, device=device)[None] % vocabulary
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
+    mask = torch.ones_like(ids)
+    first, second = (module(input_ids=x, attention_mask=mask)[0][0] for x in (ids, changed))
+    return first.shape[-1], torch.equal(first[:-1], second[:-1])
+
+
+def _clone(base: PreTrainedModel) -> PreTrainedModel:
+    """Copy the module tree and share every tensor and the configuration."""
+    shared: list[Any] = [*base.parameters(), *base.buffers(), base.config]
+    shared += [m.quant_state for m in base.modules() if getattr(m, "quant_state", None) is not None]
+    return copy.deepcopy(base, {id(x): x for x in shared})
+
+
+def _peft_config(lora: LoraSettings, *, fan_in_fan_out: bool) -> LoraConfig:
+    targets = lora.target_modules
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        fan_in_fan_out=fan_in_fan_out,
+    )
+
+
+def _has_conv1d(module: nn.Module) -> bool:
+    """Whether the base keeps GPT-2's transposed layers, which it does only unquantized."""
+    return any(isinstance(m, Conv1D) for m in module.modules())
+
+
+def _quantized_bytes(weight: Any) -> int:
+    """Packed weights and their constants, without the code tables that all layers could share."""
+    state = weight.quant_state
+    constants = [state.absmax] + ([state.state2.absmax] if state.nested else [])
+    return weight.nbytes + sum(tensor.nbytes for tensor in constants)

@@ -1,0 +1,285 @@
+"""A base with adapters, pooling and a head: token ids to logits; and the adapter on its own.
+
+Knows nothing of texts or of how it is trained.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from skqlora.backbone import ADAPTER, Backbone, LoraSettings, lora_layers
+
+HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What a fit leaves behind: everything that is not in the base.
+
+    Attributes
+    ----------
+    lora : LoraSettings
+    pooling : {"last", "mean", "cls", "pooler"}
+    max_length : int
+        Greatest number of tokens of a text.
+    fingerprint : str
+        Of the base that the adapter was trained on.
+    lora_tensors : dict of str to ndarray
+        float32, by parameter name in the base.
+    head_tensors : dict of str to ndarray
+        float32; "weight" of shape (n_classes, hidden_size) and, but for "last", "bias".
+    """
+
+    lora: LoraSettings
+    pooling: str
+    max_length: int
+    fingerprint: str
+    lora_tensors: dict[str, np.ndarray]
+    head_tensors: dict[str, np.ndarray]
+
+
+@dataclass
+class RowClock:
+    """Where training stands: which rows of which effective batch a forward pass holds.
+
+    Attributes
+    ----------
+    step : int
+        Number of the update.
+    batch_rows : int
+        Rows of the effective batch, over all its micro-batches.
+    first_row, n_rows : int
+        The ones that this micro-batch holds.
+    n_tokens : int
+        Columns of this micro-batch.
+    """
+
+    step: int = 0
+    batch_rows: int = 0
+    first_row: int = 0
+    n_rows: int = 0
+    n_tokens: int = 0
+
+
+class RowDropout(nn.Module):
+    """Dropout of LoRA's input with one mask for each row, shared by the row's tokens.
+
+    The mask follows from the seed, the step, the layer and the row's place in the effective batch,
+    never from a global generator. So the cut into micro-batches, recomputation under checkpointing
+    and threads beside this one change nothing.
+
+    Parameters
+    ----------
+    p : float
+        Share of the features that is dropped.
+    seed, layer : int
+    clock : RowClock
+        Shared by all layers of a model.
+    """
+
+    def __init__(self, p: float, seed: int, layer: int, clock: RowClock):
+        super().__init__()
+        self.p, self.seed, self.layer, self.clock = p, seed, layer, clock
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop features of `x`, of shape (n_rows, n_tokens, n_features) or flattened to 2-D."""
+        if not self.training or not self._is_by_row(x):
+            return x
+        clock = self.clock
+        words = np.random.SeedSequence([self.seed, clock.step, self.layer]).generate_state(2)
+        generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        keep = torch.empty(clock.batch_rows, x.shape[-1], device=x.device)
+        keep.bernoulli_(1 - self.p, generator=generator)
+        keep = keep[clock.first_row : clock.first_row + clock.n_rows]
+        scale = (keep / (1 - self.p)).to(x.dtype)[:, None]  # (n_rows, 1, n_features)
+        return (x.reshape(clock.n_rows, -1, x.shape[-1]) * scale).reshape(x.shape)
+
+    def _is_by_row(self, x: torch.Tensor) -> bool:
+        """Tell activations of the batch from what all rows share, as DeBERTa's relative positions.
+
+        Shapes of the former: (rows, tokens, features), (rows, features), (rows * tokens, features).
+        """
+        n_rows, n_tokens = self.clock.n_rows, self.clock.n_tokens
+        return x.shape[:-1] in ((n_rows, n_tokens), (n_rows,), (n_rows * n_tokens,))
+
+
+class TextClassifierModel(nn.Module):
+    """A clone of a base with LoRA layers, pooling and a float32 linear head.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    lora : LoraSettings
+    n_classes : int
+    pooling : {"auto", "last", "mean", "cls", "pooler"}
+        "auto" is "last" for a causal base and "mean" for another.
+    seed : int, default=0
+        Of LoRA's and the head's first values, and of dropout.
+    lora_dropout : float, default=0.0
+
+    Raises
+    ------
+    ValueError
+        If the base cannot be pooled this way, or PEFT finds none of the target modules.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        lora: LoraSettings,
+        n_classes: int,
+        pooling: str,
+        *,
+        seed: int = 0,
+        lora_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.lora = lora
+        self.pooling = _resolve_pooling(pooling, backbone)
+        self.encoder = backbone.lease(lora, seed=seed, keep_pooler=self.pooling == "pooler")
+        self.head = _make_head(backbone, n_classes, seed, bias=self.pooling != "last")
+        self.clock = RowClock()
+        if lora_dropout > 0:
+            self._drop_out_by_row(lora_dropout, seed)
+        self.eval()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Compute float32 logits of shape (n_rows, n_classes).
+
+        Parameters
+        ----------
+        input_ids, attention_mask : torch.Tensor of shape (n_rows, n_tokens)
+            Padded on the right.
+        """
+        with self.backbone.autocast():
+            output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            if self.pooling == "pooler":
+                pooled = output.pooler_output
+            else:
+                pooled = pool(output[0], attention_mask, self.pooling)
+        return self.head(pooled.float())
+
+    def train(self, mode: bool = True) -> "TextClassifierModel":
+        """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if isinstance(module, RowDropout):
+                module.training = mode
+        return self
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA's parameters by name in the encoder."""
+        return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
+
+    def count_trainable(self) -> int:
+        """Count the parameters of the adapter and the head."""
+        return sum(p.numel() for p in (*self.lora_parameters().values(), *self.head.parameters()))
+
+    def capture(self, max_length: int) -> AdapterState:
+        """Copy the adapter and the head out of the model, to NumPy and without the base."""
+        return AdapterState(
+            lora=self.lora,
+            pooling=self.pooling,
+            max_length=max_length,
+            fingerprint=self.backbone.fingerprint,
+            lora_tensors={name: _to_numpy(p) for name, p in self.lora_parameters().items()},
+            head_tensors={name: _to_numpy(p) for name, p in self.head.named_parameters()},
+        )
+
+    @classmethod
+    def restore(cls, backbone: Backbone, state: AdapterState) -> "TextClassifierModel":
+        """Put a captured adapter and head onto a clone of the base, for prediction.
+
+        Raises
+        ------
+        ValueError
+            If the base is not the one that the adapter was trained on.
+        """
+        if backbone.fingerprint != state.fingerprint:
+            raise ValueError(
+                f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
+                f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
+                "Set `model` back to that base, or fit again."
+            )
+        n_classes = len(state.head_tensors["weight"])
+        model = cls(backbone, state.lora, n_classes, state.pooling)
+        parameters = model.lora_parameters()
+        with torch.no_grad():
+            for name, values in state.lora_tensors.items():
+                parameters[name].copy_(torch.from_numpy(values))
+            for name, parameter in model.head.named_parameters():
+                parameter.copy_(torch.from_numpy(state.head_tensors[name]))
+        return model
+
+    def _drop_out_by_row(self, p: float, seed: int) -> None:
+        for number, layer in enumerate(lora_layers(self.encoder)):
+            layer.lora_dropout[ADAPTER] = RowDropout(p, seed, number, self.clock)
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Reduce hidden states to one vector a row, by the mask and never by the padding's id.
+
+    Parameters
+    ----------
+    hidden : torch.Tensor of shape (n_rows, n_tokens, hidden_size)
+    mask : torch.Tensor of shape (n_rows, n_tokens)
+        1 for tokens, then 0 for padding.
+    pooling : {"last", "mean", "cls"}
+
+    Returns
+    -------
+    pooled : torch.Tensor of shape (n_rows, hidden_size)
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    weights = mask[..., None].float()
+    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def transformer_blocks(encoder: nn.Module) -> nn.ModuleList | None:
+    """Find the stack of like blocks, or None where there is not exactly one of that length."""
+    n_layers = getattr(encoder.config, "num_hidden_layers", None)
+    stacks = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and len({type(block) for block in module}) == 1
+    ]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def _resolve_pooling(pooling: str, backbone: Backbone) -> str:
+    if pooling == "auto":
+        return "last" if backbone.causal else "mean"
+    if pooling == "cls" and backbone.causal:
+        raise ValueError(
+            f"Got pooling='cls' with the decoder {backbone.spec.model!r}, whose first token sees "
+            "no other. Pass pooling='last', or 'auto'."
+        )
+    if pooling == "pooler" and getattr(backbone.module, "pooler", None) is None:
+        raise ValueError(
+            f"Got pooling='pooler' but {backbone.spec.model!r} has no trained pooler. Pass "
+            "pooling='mean', 'cls' or 'auto'."
+        )
+    return pooling
+
+
+def _make_head(backbone: Backbone, n_classes: int, seed: int, *, bias: bool) -> nn.Linear:
+    """Linear head as transformers starts one, drawn on the CPU whatever the device."""
+    head = nn.utils.skip_init(nn.Linear, backbone.hidden_size, n_classes, bias=bias)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(head.weight, std=HEAD_INIT_STD, generator=generator)
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head.to(backbone.spec.device)
+
+
+def _to_numpy(parameter: torch.Tensor) -> np.ndarray:
+    return parameter.detach().cpu().numpy().copy()  # a view would keep the whole buffer alive

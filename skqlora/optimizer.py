@@ -1,0 +1,146 @@
+"""AdamW over flat buffers, with its state in paged memory on CUDA.
+
+bitsandbytes pages the state of a tensor only from 100,000 elements on and synchronizes the device
+after each tensor. LoRA's tensors are smaller, so that a paged AdamW of single tensors is not paged
+at all. One flat tensor for all of them is, and is updated by one kernel.
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from skqlora.quiet import muted
+
+with muted():
+    import bitsandbytes as bnb
+
+ALIGNMENT = 256  # elements: a block of the 8-bit optimizer never spans two tensors
+PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes' own threshold: less is not worth paging
+
+
+class FlatParameters:
+    """Many parameters as views into one float32 tensor, with one persistent flat gradient.
+
+    The optimizer sees `leaf` alone; autograd accumulates into the views of its gradient in place.
+    Never call `zero_grad` of the optimizer or of a module: it replaces the gradient and leaves the
+    views behind, silently.
+
+    Parameters
+    ----------
+    parameters : iterable of torch.nn.Parameter
+        float32, on one device. Their `data` and `grad` become views.
+
+    Attributes
+    ----------
+    leaf : torch.nn.Parameter of shape (n_elements,)
+        Each parameter starts at a multiple of 256 elements; the gaps stay zero.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        parameters = list(parameters)
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        device = parameters[0].device
+        self.leaf = nn.Parameter(torch.zeros(sum(sizes), device=device))
+        self.leaf.grad = torch.zeros_like(self.leaf)
+        values, gradients = self.leaf.data.split(sizes), self.leaf.grad.split(sizes)
+        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+            n_elements = parameter.numel()
+            value[:n_elements] = parameter.data.flatten()
+            parameter.data = value[:n_elements].view_as(parameter)
+            parameter.grad = gradient[:n_elements].view_as(parameter)
+
+    def zero_grad(self) -> None:
+        """Zero the gradients in place."""
+        assert self.leaf.grad is not None
+        self.leaf.grad.zero_()
+
+
+class PagedPool:
+    """Managed CUDA memory for optimizer states, reused because it cannot be given back.
+
+    bitsandbytes has no way to free what `cudaMallocManaged` gave it; without reuse every fit of a
+    process would add its optimizer's state for good.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, list[torch.Tensor]] = {}  # flat uint8 buffers
+        self._lock = threading.Lock()
+
+    def take(self, n_bytes: int, device: torch.device) -> torch.Tensor:
+        """Return a zeroed flat uint8 buffer of at least `n_bytes` in managed memory."""
+        with self._lock:
+            free = self._free.setdefault(device, [])
+            fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= n_bytes]
+            best = min(fitting, key=lambda i: free[i].numel(), default=None)
+            buffer = None if best is None else free.pop(best)
+        if buffer is None:
+            buffer = bnb.functional.get_paged(n_bytes, dtype=torch.uint8, device=device)
+        bnb.functional.fill(buffer, 0)
+        return buffer
+
+    def give_back(self, buffer: torch.Tensor, device: torch.device) -> None:
+        """Keep a buffer for a later `take`."""
+        with self._lock:
+            self._free.setdefault(device, []).append(buffer)
+
+
+paged_pool = PagedPool()
+
+
+class _PooledStates:
+    """Mixed into bitsandbytes' paged optimizers: states come from `paged_pool` and return to it."""
+
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if p.device.type != "cuda" or p.numel() < PAGED_MIN_ELEMENTS:
+            return torch.zeros_like(p, dtype=dtype)
+        buffer = paged_pool.take(p.numel() * dtype.itemsize, p.device)
+        self.__dict__.setdefault("_taken", []).append((buffer, p.device))
+        state = buffer[: p.numel() * dtype.itemsize].view(dtype).view(p.shape)
+        state.is_paged, state.page_deviceid = True, p.device.index  # type: ignore[attr-defined]
+        return state
+
+    def release(self) -> None:
+        """Give the paged states back. The optimizer must not step again."""
+        for buffer, device in self.__dict__.pop("_taken", []):
+            paged_pool.give_back(buffer, device)
+
+
+class PagedAdamW32bit(_PooledStates, bnb.optim.PagedAdamW32bit):
+    """bitsandbytes' paged AdamW with 32-bit states, of pooled memory."""
+
+
+class PagedAdamW8bit(_PooledStates, bnb.optim.PagedAdamW8bit):
+    """bitsandbytes' paged AdamW with 8-bit states, of pooled memory."""
+
+
+OPTIMIZERS = {
+    "paged_adamw_32bit": PagedAdamW32bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def make_optimizer(optim: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build an AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+
+    Parameters
+    ----------
+    optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}
+        On a CPU, which has no pages to move, the paged ones keep their state in plain memory.
+    groups : list of dict
+        As torch's optimizers take them: "params", "lr", "weight_decay".
+
+    Returns
+    -------
+    optimizer : torch.optim.Optimizer
+    """
+    return OPTIMIZERS[optim](groups)
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Give back what the optimizer took from the paged pool, if anything."""
+    if isinstance(optimizer, _PooledStates):
+        optimizer.release()

@@ -1,0 +1,46 @@
+"""Holding back what the libraries print while they load, and nothing else."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+_lock = threading.RLock()
+
+
+@contextmanager
+def muted(enabled: bool = True) -> Iterator[None]:
+    """Silence transformers' and bitsandbytes' notices and progress bars, then restore them.
+
+    Both speak through process-wide settings, so only one thread at a time is let in.
+
+    Parameters
+    ----------
+    enabled : bool, default=True
+        False lets everything through.
+    """
+    if not enabled:
+        yield
+        return
+    with _lock, _restored():
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        yield
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    bitsandbytes_logger = logging.getLogger("bitsandbytes")
+    level = bitsandbytes_logger.level
+    verbosity = transformers_logging.get_verbosity()
+    progress_bar = transformers_logging.is_progress_bar_enabled()
+    try:
+        yield
+    finally:
+        bitsandbytes_logger.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if progress_bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,271 @@
+"""The training loop: batches, schedule, accumulation, clipping, checkpointing.
+
+Knows nothing of texts' or labels' meaning: rows of token ids and class numbers come in, the model
+is changed in place.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from skqlora.data import TokenizedTexts, prediction_batches, training_batches
+from skqlora.model import TextClassifierModel, transformer_blocks
+from skqlora.optimizer import FlatParameters, make_optimizer, release
+
+PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The recipe, in the names of the estimator's parameters.
+
+    `warmup_steps` is a number of updates, or below 1 a share of them; rates are already numbers.
+    """
+
+    num_train_epochs: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool | str
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    warmup_steps: float
+    lr_scheduler_type: str
+    max_grad_norm: float | None
+    optim: str
+    seed: int
+    verbose: int
+
+
+def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
+    """LoRA's peak rate by the width of the model.
+
+    "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): 10 times the 5e-5 of full
+    fine-tuning at a width of 2000, times (2000 / width) to a power fitted for each family.
+
+    Parameters
+    ----------
+    model_type : str
+        transformers' name of the family.
+    hidden_size : int
+
+    Returns
+    -------
+    learning_rate : float
+    """
+    power = 0.0775 if model_type.startswith("qwen") else 0.781
+    return 5e-5 * 10 * (2000 / hidden_size) ** power
+
+
+def train(
+    model: TextClassifierModel,
+    tokens: TokenizedTexts,
+    targets: np.ndarray,
+    settings: TrainingSettings,
+) -> list[float]:
+    """Train the adapter and the head of `model` in place.
+
+    Parameters
+    ----------
+    model : TextClassifierModel
+    tokens : TokenizedTexts
+        Of n_rows texts.
+    targets : ndarray of shape (n_rows,), int
+        Class numbers.
+    settings : TrainingSettings
+
+    Returns
+    -------
+    loss_curve : list of float, of length num_train_epochs
+        Mean cross-entropy, in nats, over the rows of each epoch as they were trained on.
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss of an epoch is not finite.
+    """
+    batch_rows = settings.batch_size * settings.gradient_accumulation_steps
+    n_steps = settings.num_train_epochs * math.ceil(len(tokens) / batch_rows)
+    checkpointing = _wants_checkpointing(model, settings, int(tokens.lengths.max()))
+    rng = np.random.RandomState(settings.seed)
+    loss_curve: list[float] = []
+    with (
+        checkpointed_blocks(model.encoder) if checkpointing else nullcontext(),
+        tqdm(total=n_steps, desc="fit", unit="step", disable=not settings.verbose) as bar,
+        closing(_Updater(model, settings, n_steps)) as updater,
+    ):
+        model.train()
+        for epoch in range(settings.num_train_epochs):
+            epoch_loss = torch.zeros((), device=model.backbone.spec.device)
+            for rows in training_batches(tokens.lengths, batch_rows, rng):
+                epoch_loss += updater.step(tokens, targets, rows) * len(rows)
+                bar.update()
+            loss_curve.append(epoch_loss.item() / len(tokens))  # the only wait for the device
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss_curve[-1]:.3f}")
+            _refuse_divergence(loss_curve)
+        model.eval()
+    return loss_curve
+
+
+@torch.no_grad()
+def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+    """Compute the logits of each row, in the order of the rows.
+
+    Parameters
+    ----------
+    model : TextClassifierModel
+    tokens : TokenizedTexts
+        Of n_rows texts.
+
+    Returns
+    -------
+    logits : ndarray of shape (n_rows, n_classes), float64
+    """
+    device = model.backbone.spec.device
+    logits = np.empty((len(tokens), model.head.out_features))
+    for rows in prediction_batches(tokens.lengths, PREDICTION_TOKENS):
+        input_ids, mask = tokens.batch(rows)
+        logits[rows] = model(input_ids.to(device), mask.to(device)).cpu().numpy()
+    return logits
+
+
+class _Updater:
+    """One update of the weights from one effective batch."""
+
+    def __init__(self, model: TextClassifierModel, settings: TrainingSettings, n_steps: int):
+        self.model = model
+        self.settings = settings
+        self.device = model.backbone.spec.device
+        lora = FlatParameters(model.lora_parameters().values())
+        head = FlatParameters(model.head.parameters())
+        self.segments = [lora, head]
+        rates = [settings.learning_rate, settings.head_learning_rate]
+        groups = [
+            {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
+            for segment, rate in zip(self.segments, rates, strict=True)
+        ]
+        self.optimizer = make_optimizer(settings.optim, groups)
+        self.scheduler = get_scheduler(
+            settings.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=_count_warmup_steps(settings.warmup_steps, n_steps),
+            num_training_steps=n_steps,
+        )
+        half = model.backbone.spec.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.n_updates = 0
+
+    def step(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Return the mean loss of `rows`, on the device, after one update from them."""
+        for segment in self.segments:
+            segment.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        clock = self.model.clock
+        clock.step, clock.batch_rows = self.n_updates, len(rows)
+        for clock.first_row in range(0, len(rows), self.settings.batch_size):
+            micro = rows[clock.first_row : clock.first_row + self.settings.batch_size]
+            part = self._loss(tokens, targets, micro)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self._apply()
+        self.n_updates += 1
+        return loss
+
+    def close(self) -> None:
+        release(self.optimizer)
+
+    def _loss(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Compute a micro-batch's share of the effective batch's mean cross-entropy."""
+        input_ids, mask = (x.to(self.device) for x in tokens.batch(rows))
+        clock = self.model.clock
+        clock.n_rows, clock.n_tokens = input_ids.shape
+        logits = self.model(input_ids, mask)
+        classes = torch.as_tensor(targets[rows], device=self.device)
+        return nn.functional.cross_entropy(logits, classes, reduction="sum") / clock.batch_rows
+
+    def _apply(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.max_grad_norm is not None:
+            leaves = [segment.leaf for segment in self.segments]
+            nn.utils.clip_grad_norm_(leaves, self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+
+
+@contextmanager
+def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    transformers' own switch acts in training mode only, which would wake the base's dropout.
+
+    Parameters
+    ----------
+    encoder : torch.nn.Module
+        A clone of a base: its blocks are changed, and on leaving changed back.
+
+    Raises
+    ------
+    ValueError
+        If the stack of blocks cannot be told.
+    """
+    blocks = transformer_blocks(encoder)
+    if blocks is None:
+        raise ValueError(
+            f"Got gradient_checkpointing=True but {type(encoder).__name__} has no single stack of "
+            "like blocks. Pass gradient_checkpointing=False."
+        )
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # uncovers the method of the class
+
+
+def _checkpointed(forward, *args, **kwargs):
+    return checkpoint(
+        partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def _wants_checkpointing(
+    model: TextClassifierModel, settings: TrainingSettings, longest: int
+) -> bool:
+    """Resolve "auto": when the activations of the longest batch would fill half the free memory.
+
+    Korthikanti et al. (arXiv 2205.05198, equation 2): 34 bytes for each token, feature and layer,
+    attention scores aside, which the fused kernels do not keep.
+    """
+    if settings.gradient_checkpointing != "auto":
+        return bool(settings.gradient_checkpointing)
+    device = model.backbone.spec.device
+    blocks = transformer_blocks(model.encoder)
+    if device.type == "cpu" or blocks is None:
+        return False
+    free, _ = getattr(torch, device.type).mem_get_info(device)
+    n_tokens = settings.batch_size * longest
+    return 34 * n_tokens * model.backbone.hidden_size * len(blocks) > free / 2
+
+
+def _count_warmup_steps(warmup_steps: float, n_steps: int) -> int:
+    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * n_steps)
+
+
+def _refuse_divergence(loss_curve: list[float]) -> None:
+    if not math.isfinite(loss_curve[-1]):
+        raise FloatingPointError(
+            f"The training loss became {loss_curve[-1]} in epoch {len(loss_curve)}. Wanted: a "
+            "finite number. Lower learning_rate or head_learning_rate, raise warmup_steps, or pass "
+            "compute_dtype='float32'."
+        )

@@ -1,0 +1,55 @@
+"""Fixtures: tiny models on disk, one of each kind for the whole run, and texts that fit them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing is ever fetched in a test
+
+import pytest
+import tiny
+import transformers
+from helpers import make_backbone
+
+transformers.utils.logging.disable_progress_bar()  # of `save_pretrained`
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Return the folder of a tiny model of a family, written once for a run."""
+    folders = {}
+
+    def folder_of(model_type):
+        if model_type not in folders:
+            folders[model_type] = tiny.save_model(tmp_path_factory.mktemp(model_type), model_type)
+        return folders[model_type]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def decoder(tiny_model):
+    """Folder of a tiny Llama."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_model):
+    """Folder of a tiny BERT."""
+    return tiny_model("bert")
+
+
+@pytest.fixture(params=["bert", "llama"])
+def model(request, tiny_model):
+    """Folder of an encoder, then of a decoder."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def backbone(model):
+    """A tiny frozen base in float32 arithmetic: an encoder, then a decoder."""
+    return make_backbone(model)
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    """Texts of three topics, and their topics."""
+    return tiny.corpus()

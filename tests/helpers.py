@@ -1,0 +1,85 @@
+"""What several test modules need: tiny bases, models and classifiers, and digests of tensors."""
+
+import hashlib
+
+import torch
+
+from skqlora import QLoRAClassifier
+from skqlora.backbone import BackboneSpec, LoraSettings, load_backbone
+from skqlora.data import TokenizedTexts
+from skqlora.training import TrainingSettings
+
+LORA = LoraSettings(
+    r=4,
+    lora_alpha=4,
+    target_modules="all-linear",
+    use_rslora=False,
+    use_dora=False,
+    init_lora_weights=True,
+)
+
+
+def make_classifier(model, **params):
+    """A classifier that learns a tiny model's topics in a second or two."""
+    return QLoRAClassifier(
+        model,
+        **{
+            "lora_r": 4,
+            "num_train_epochs": 3,
+            "learning_rate": 5e-3,
+            "random_state": 0,
+            "compute_dtype": "float32",
+            "device": "cpu",
+        }
+        | params,
+    )
+
+
+def make_backbone(model, **changes):
+    """Load a base on the CPU in float32 arithmetic."""
+    settings = {
+        "model": model,
+        "revision": None,
+        "quantization": "nf4",
+        "double_quant": True,
+        "compute_dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
+    return load_backbone(BackboneSpec(**settings | changes))
+
+
+def make_settings(**changes):
+    """A training recipe in the style of the defaults."""
+    settings = {
+        "num_train_epochs": 1,
+        "batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-3,
+        "head_learning_rate": 5e-3,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "optim": "paged_adamw_32bit",
+        "seed": 0,
+        "verbose": 0,
+    }
+    return TrainingSettings(**settings | changes)
+
+
+def random_tokens(n_rows=16, longest=12, vocab_size=300):
+    """Rows of random token ids, of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, longest + 1, (n_rows,), generator=generator).tolist()
+    rows = [torch.randint(5, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return TokenizedTexts(rows, pad_id=0)
+
+
+def digest_of_base(module):
+    """SHA-256 over every parameter, buffer and quantization constant of a base."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,144 @@
+"""Every family takes a step, or is refused by its name before a weight is read."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from helpers import make_backbone, make_classifier
+
+from skqlora.architecture import check_architecture
+from skqlora.backbone import lora_layers
+
+
+@pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.ENCODERS])
+def test_family_takes_a_step(tiny_model, corpus, model_type):
+    texts, labels = corpus
+    clf = make_classifier(tiny_model(model_type), num_train_epochs=1, lora_dropout=0.1)
+    clf.fit(texts, labels)
+    assert clf.adapter_.pooling == ("mean" if model_type in tiny.ENCODERS else "last")
+    assert 4.126 <= clf.footprint_.bits_per_quantized_parameter <= 4.135
+    b = {name: value for name, value in clf.adapter_.lora_tensors.items() if "lora_B" in name}
+    assert b
+    assert all(np.abs(value).max() > 0 for value in b.values())
+    np.testing.assert_allclose(clf.predict_proba(texts).sum(axis=1), 1)
+
+
+def test_at_least_27_families_are_tested():
+    assert len(tiny.DECODERS) + len(tiny.ENCODERS) >= 27
+
+
+@pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.ENCODERS])
+def test_every_linear_layer_of_a_family_gets_an_adapter(tiny_model, model_type):
+    from helpers import LORA
+
+    base = make_backbone(tiny_model(model_type))
+    module = base.lease(LORA, seed=0)
+    adapted = {id(layer.base_layer.weight) for layer in lora_layers(module)}
+    linear = {
+        id(m.weight)
+        for name, m in base.module.named_modules()
+        if isinstance(m, torch.nn.Linear) and not name.startswith("pooler")
+    }
+    assert adapted == linear
+
+
+def save_config(folder, model_type, **settings):
+    transformers.AutoConfig.for_model(model_type, **settings).save_pretrained(folder)
+    return str(folder)
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+REFUSED = {
+    "t5": ({"d_model": 64, "num_layers": 2}, "is an encoder-decoder"),
+    "bart": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder"),
+    "vit": (SMALL, "does not read text"),
+    "whisper": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder"),
+    "wav2vec2": (SMALL, "does not read text"),
+    "clip": ({}, "takes more than text"),
+    "llava": ({}, "takes more than text"),
+    "mixtral": (SMALL | {"num_local_experts": 4}, r"of its weights in MixtralExperts.*experts"),
+    "qwen3_moe": (SMALL | {"num_experts": 4}, r"of its weights in Qwen3MoeExperts.*experts"),
+    "falcon": (SMALL, "of its weights in FalconLinear"),
+    "xlnet": ({"d_model": 64, "n_layer": 2, "n_head": 4}, "in XLNetModel, XLNetRelativeAttention"),
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_family_that_cannot_be_adapted_is_refused_by_name(tmp_path, model_type):
+    settings, message = REFUSED[model_type]
+    folder = save_config(tmp_path, model_type, **settings)
+    with pytest.raises(ValueError, match=rf"\({model_type}\) .*{message}.* Wanted: a text encoder"):
+        check_architecture(folder, None, quantized=True)
+
+
+def test_quantized_checkpoint_is_refused(tmp_path):
+    folder = save_config(
+        tmp_path, "llama", **SMALL, quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    with pytest.raises(ValueError, match=r"is already quantized.* Take its 16-bit checkpoint"):
+        check_architecture(folder, None, quantized=True)
+
+
+def test_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"folder without a config\.json"):
+        check_architecture(str(tmp_path), None, quantized=True)
+
+
+def test_folder_with_a_broken_configuration_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="could not be read"):
+        check_architecture(str(tmp_path), None, quantized=True)
+
+
+def test_folder_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"model='no/such/folder' could not be read.*Wanted"):
+        check_architecture("no/such/folder", None, quantized=True)
+
+
+def test_code_from_the_repository_is_never_run(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}'
+    )
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="without running code from its repository"):
+        check_architecture(str(tmp_path), None, quantized=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "expected"),
+    [
+        ("bert", {"max_position_embeddings": 512}, 512),
+        ("roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ("gpt2", {"n_positions": 256}, 256),
+        ("bloom", {}, None),
+        ("llama", {"max_position_embeddings": 4096}, 4096),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 4096,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            4096,
+        ),
+        (
+            "phi3",
+            {
+                "max_position_embeddings": 4096,
+                "original_max_position_embeddings": 1024,
+                "pad_token_id": 0,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [4.0] * 8,
+                    "original_max_position_embeddings": 1024,
+                },
+            },
+            1024,
+        ),
+    ],
+)
+def test_positions_that_a_model_takes(tmp_path, model_type, settings, expected):
+    folder = save_config(tmp_path, model_type, **SMALL | settings)
+    assert check_architecture(folder, None, quantized=True).max_positions == expected

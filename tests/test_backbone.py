@@ -1,0 +1,142 @@
+"""Loading a base once, cloning it for nothing, and refusing what would not be one."""
+
+import gc
+import weakref
+from dataclasses import replace
+from shutil import copytree
+
+import pytest
+import torch
+from helpers import LORA, digest_of_base, make_backbone
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from skqlora.backbone import resolve_compute_dtype, resolve_device
+from skqlora.fingerprint import fingerprint_source
+
+
+def test_base_is_loaded_once_for_equal_specifications(model):
+    assert make_backbone(model) is make_backbone(model)
+    assert make_backbone(model) is not make_backbone(model, double_quant=False)
+
+
+def test_base_is_frozen_and_in_evaluation_mode(backbone):
+    assert not any(p.requires_grad for p in backbone.module.parameters())
+    assert not any(m.training for m in backbone.module.modules())
+    assert backbone.module.config.use_cache is False
+
+
+def test_what_was_found_out_of_it(encoder, decoder):
+    assert make_backbone(decoder).causal
+    assert not make_backbone(encoder).causal
+    assert make_backbone(encoder).hidden_size == 64
+
+
+def test_clone_shares_every_tensor_and_leaves_the_base_alone(backbone):
+    before = digest_of_base(backbone.module)
+    names = [name for name, _ in backbone.module.named_modules()]
+    module = backbone.lease(LORA, seed=0)
+    shared = {p.data_ptr() for p in backbone.module.parameters()}
+    own = [p for p in module.parameters() if p.data_ptr() not in shared]
+    assert all(p.requires_grad for p in own)
+    assert [name for name, _ in backbone.module.named_modules()] == names
+    assert digest_of_base(backbone.module) == before
+
+
+def test_clone_is_freed_without_the_garbage_collector(backbone):
+    gc.collect()
+    gc.disable()
+    try:
+        module = backbone.lease(LORA, seed=0)
+        reference = weakref.ref(module)
+        del module
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_first_values_of_an_adapter_follow_the_seed(backbone):
+    def values(seed):
+        module = backbone.lease(LORA, seed=seed)
+        return torch.cat([p.flatten() for p in module.parameters() if p.requires_grad])
+
+    assert torch.equal(values(0), values(0))
+    assert not torch.equal(values(0), values(1))
+
+
+def test_target_module_that_is_not_there_is_an_error(backbone):
+    lora = replace(LORA, target_modules=("nothing",))
+    with pytest.raises(ValueError, match="nothing"):
+        backbone.lease(lora, seed=0)
+
+
+def test_half_a_checkpoint_is_refused(model, tmp_path):
+    folder = copytree(model, tmp_path / "half")
+    weights = load_file(folder / "model.safetensors")
+    removed = sorted(name for name in weights if "pooler" not in name)[-1]
+    del weights[removed]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"checkpoint lacks 1 weights of .*e\.g\. "):
+        make_backbone(str(folder))
+
+
+def test_pooler_that_the_checkpoint_lacks_is_dropped(encoder, tmp_path):
+    folder = copytree(encoder, tmp_path / "bare")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert make_backbone(str(folder)).module.pooler is None
+
+
+def test_weights_in_pickle_format_are_not_read(encoder, tmp_path):
+    folder = copytree(encoder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights in safetensors format"):
+        make_backbone(str(folder))
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "xpu")
+    with pytest.raises(ValueError, match="bitsandbytes cannot train a 4-bit model on 'mps'"):
+        resolve_device("mps")
+    with pytest.raises(ValueError, match="which is no torch device"):
+        resolve_device("gpu!")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch sees no cuda device here"):
+            resolve_device("cuda")
+
+
+def test_compute_dtypes():
+    cpu = torch.device("cpu")
+    assert resolve_compute_dtype("float32", cpu) == torch.float32
+    assert resolve_compute_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    with pytest.raises(ValueError, match="compute_dtype='float16' on a CPU"):
+        resolve_compute_dtype("float16", cpu)
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_files(encoder, tmp_path):
+    expected = fingerprint_source(encoder, None)
+    resharded = tmp_path / "resharded"
+    copytree(encoder, resharded)
+    (resharded / "model.safetensors").unlink()
+    AutoModel.from_pretrained(encoder).save_pretrained(resharded, max_shard_size="100KB")
+    assert len(list(resharded.glob("*.safetensors"))) > 1
+    assert fingerprint_source(str(resharded), None) == expected
+    assert fingerprint_source(encoder, None) == expected
+
+
+@pytest.mark.parametrize("change", ["weight", "config"])
+def test_fingerprint_tells_another_base(encoder, tmp_path, change):
+    folder = copytree(encoder, tmp_path / "changed")
+    if change == "weight":
+        weights = load_file(folder / "model.safetensors")
+        weights["embeddings.LayerNorm.weight"][3] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        path = folder / "config.json"
+        path.write_text(
+            path.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5')
+        )
+    assert fingerprint_source(str(folder), None) != fingerprint_source(encoder, None)

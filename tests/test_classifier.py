@@ -1,0 +1,309 @@
+"""`QLoRAClassifier` as a user meets it: real fits of tiny models."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import make_classifier
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import check_parameters_default_constructible
+
+from skqlora import QLoRAClassifier
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def fitted(request, tiny_model, corpus):
+    """A classifier fitted on an encoder, then on a decoder; not to be changed."""
+    return make_classifier(tiny_model(request.param), num_train_epochs=8).fit(*corpus)
+
+
+def test_learns_what_there_is_to_learn(fitted, corpus):
+    texts, labels = corpus
+    assert fitted.score(texts, labels) > 0.9
+    assert fitted.n_iter_ == len(fitted.loss_curve_) == 8
+    assert fitted.loss_curve_[-1] < 0.5 * fitted.loss_curve_[0]
+
+
+def test_predictions_agree_with_each_other(fitted, corpus):
+    texts, _ = corpus
+    probabilities = fitted.predict_proba(texts)
+    assert probabilities.dtype == np.float64
+    assert probabilities.shape == (len(texts), 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(texts)), probabilities)
+    best = fitted.classes_[probabilities.argmax(axis=1)]
+    np.testing.assert_array_equal(fitted.predict(texts), best)
+    scores = fitted.decision_function(texts)
+    np.testing.assert_allclose(np.diff(scores), np.diff(np.log(probabilities)), atol=1e-6)
+
+
+def test_two_classes_have_one_score(encoder):
+    texts, labels = ["a cat", "a dog", "red", "blue"] * 4, [True, True, False, False] * 4
+    clf = make_classifier(encoder).fit(texts, labels)
+    scores, probabilities = clf.decision_function(texts), clf.predict_proba(texts)
+    assert scores.shape == (16,)
+    np.testing.assert_allclose(1 / (1 + np.exp(-scores)), probabilities[:, 1], atol=1e-7)
+    assert clf.predict(texts).dtype == bool
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_neighbours_order_and_padding_side_change_no_probability(
+    model, corpus, dtype, tolerance, tmp_path
+):
+    texts, labels = corpus
+    texts = [*texts, "", "a very " * 15 + "white sheep"][:50]
+    labels = [*labels, "animal", "animal"][:50]
+    clf = make_classifier(model, compute_dtype=dtype).fit(texts, labels)
+    together = clf.predict_proba(texts)
+    alone = np.vstack([clf.predict_proba([text]) for text in texts])
+    np.testing.assert_allclose(alone, together, rtol=0, atol=tolerance)
+    order = np.random.RandomState(0).permutation(len(texts))
+    shuffled = clf.predict_proba([texts[i] for i in order])
+    np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=tolerance)
+    for side in ("left", "right"):
+        folder = copy_with_padding_side(model, tmp_path / side, side)
+        clf.set_params(model=folder)
+        np.testing.assert_allclose(clf.predict_proba(texts), together, rtol=0, atol=tolerance)
+
+
+def copy_with_padding_side(model, folder, side):
+    from shutil import copytree
+
+    from transformers import AutoTokenizer
+
+    copytree(model, folder)
+    AutoTokenizer.from_pretrained(model, padding_side=side).save_pretrained(folder)
+    return str(folder)
+
+
+def test_same_seed_same_classifier_in_another_process_too(model, corpus, tmp_path):
+    first, again = (make_classifier(model).fit(*corpus) for _ in range(2))
+    assert_equal_adapters(first, again)
+    assert_equal_adapters(first, fit_in_another_process(model, tmp_path))
+    other = make_classifier(model, random_state=1).fit(*corpus)
+    with pytest.raises(AssertionError):
+        assert_equal_adapters(first, other)
+
+
+def test_bfloat16_is_reproducible_too(model, corpus):
+    first, again = (make_classifier(model, compute_dtype="bfloat16").fit(*corpus) for _ in "ab")
+    assert_equal_adapters(first, again)
+
+
+def assert_equal_adapters(first, second):
+    for kind in ("lora_tensors", "head_tensors"):
+        ours, theirs = getattr(first.adapter_, kind), getattr(second.adapter_, kind)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def fit_in_another_process(model, folder):
+    script = (
+        "import sys, joblib, torch, tiny; from helpers import make_classifier\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "joblib.dump(make_classifier(sys.argv[1]).fit(*tiny.corpus()), sys.argv[2])"
+    )
+    path = folder / "fitted.joblib"
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", script, model, path], env=environment, check=True)
+    return joblib.load(path)
+
+
+def test_global_random_states_are_left_alone(model, corpus):
+    import random
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    make_classifier(model).fit(*corpus).predict(corpus[0])
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_fitted_classifier_is_small_and_survives_pickle(fitted, corpus):
+    data = pickle.dumps(fitted)
+    tensors = [*fitted.adapter_.lora_tensors.values(), *fitted.adapter_.head_tensors.values()]
+    assert len(data) < sum(tensor.nbytes for tensor in tensors) + 64 * 1024
+    expected = fitted.predict_proba(corpus[0])
+    np.testing.assert_array_equal(pickle.loads(data).predict_proba(corpus[0]), expected)
+
+
+def test_failed_fit_leaves_the_old_one(model, corpus, monkeypatch):
+    texts, labels = corpus
+    clf = make_classifier(model).fit(texts, labels)
+    expected = clf.predict_proba(texts)
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skqlora.training._Updater._apply", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            clf.fit(texts, ["x", "y"] * 24)
+    np.testing.assert_array_equal(clf.predict_proba(texts), expected)
+    assert clf.classes_.tolist() == ["animal", "colour", "number"]
+
+
+def test_unfitted_classifier_says_so():
+    with pytest.raises(NotFittedError):
+        QLoRAClassifier().predict(["text"])
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail a test in which a base is loaded."""
+
+    def load(*_, **__):
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr("skqlora.backbone.load_backbone", load)
+
+
+TWO = (["one text", "another"], ["a", "b"])
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("X", "y", "error", "message"),
+    [
+        ("one text", ["a"], TypeError, "single str"),
+        (["one", None], ["a", "b"], TypeError, r"X\[1\] = None"),
+        ([["one", "two"], ["three", "four"]], ["a", "b"], ValueError, r"shape \(2, 2\)"),
+        (["one", "two", "three"], ["a", "b"], ValueError, "3 texts in X but 2 labels"),
+        ([], [], ValueError, r"0 sample\(s\)"),
+        (["one", "two"], ["a", "a"], ValueError, "only one class"),
+        (["one", "two"], ["a", None], ValueError, "missing label"),
+    ],
+)
+def test_bad_data_is_refused_before_a_model_is_loaded(encoder, X, y, error, message):
+    with pytest.raises(error, match=message):
+        make_classifier(encoder).fit(X, y)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 3),
+        ("quantization", "int8"),
+        ("compute_dtype", "int8"),
+        ("lora_r", 0),
+        ("lora_dropout", 1.0),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", False),
+        ("pooling", "max"),
+        ("max_length", 0),
+        ("num_train_epochs", 0),
+        ("batch_size", 2.5),
+        ("gradient_checkpointing", "maybe"),
+        ("learning_rate", 0),
+        ("lr_scheduler_type", "bent"),
+        ("optim", "sgd"),
+    ],
+)
+def test_unknown_parameter_value_is_refused_before_a_model_is_loaded(encoder, name, value):
+    with pytest.raises(ValueError, match=f"The '{name}' parameter of QLoRAClassifier must be"):
+        make_classifier(encoder, **{name: value}).fit(*TWO)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"model": "no/such/folder"}, "could not be read"),
+        ({"device": "mps"}, "bitsandbytes cannot train"),
+        ({"compute_dtype": "float16"}, "float16' on a CPU"),
+        ({"max_length": 129}, "max_length=129 but .* takes 128 tokens"),
+        ({"max_length": 2}, "tokenizer adds 2 special tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(encoder, params, message):
+    with pytest.raises(ValueError, match=message):
+        make_classifier(**{"model": encoder} | params).fit(*TWO)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_folder_without_a_tokenizer_is_refused(encoder, tmp_path):
+    from shutil import copytree, ignore_patterns
+
+    folder = copytree(encoder, tmp_path / "mute", ignore=ignore_patterns("tokenizer*"))
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
+        make_classifier(str(folder)).fit(*TWO)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"quantization": "fp4"},
+        {"quantization": None},
+        {"double_quant": False},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "gaussian"},
+        {"target_modules": ["query", "value", "q_proj", "v_proj"]},
+        {"target_modules": r".*(query|q_proj)"},
+        {"optim": "paged_adamw_8bit"},
+        {"optim": "adamw"},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "cosine"},
+        {"max_grad_norm": None},
+        {"max_length": 8},
+        {"compute_dtype": "bfloat16"},
+        {"compute_dtype": "bfloat16", "quantization": None},
+    ],
+    ids=str,
+)
+def test_every_choice_learns_and_predicts(model, corpus, params):
+    texts, labels = corpus
+    clf = make_classifier(model, **params).fit(texts, labels)
+    assert clf.loss_curve_[-1] < clf.loss_curve_[0]
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(clf)).predict(texts), clf.predict(texts)
+    )
+
+
+@pytest.mark.parametrize("pooling", ["cls", "pooler", "last", "mean"])
+def test_every_pooling_of_an_encoder_learns(encoder, corpus, pooling):
+    clf = make_classifier(encoder, pooling=pooling).fit(*corpus)
+    assert clf.loss_curve_[-1] < clf.loss_curve_[0]
+    assert clf.adapter_.pooling == pooling
+
+
+def test_works_inside_scikit_learn(encoder, corpus):
+    texts, labels = (np.array(values) for values in corpus)
+    pipeline = make_pipeline(FunctionTransformer(np.char.upper), make_classifier(encoder))
+    search = GridSearchCV(pipeline, {"qloraclassifier__lora_r": [2, 4]}, cv=2, error_score="raise")
+    search.fit(texts, labels)
+    assert search.best_estimator_[-1].adapter_.lora.r in (2, 4)
+    scores = cross_val_score(make_classifier(encoder), pd.Series(texts), labels, cv=2)
+    assert np.isfinite(scores).all()
+
+
+def test_is_a_scikit_learn_estimator():
+    clf = QLoRAClassifier(lora_r=3)
+    check_parameters_default_constructible("QLoRAClassifier", clf)
+    assert clone(clf).lora_r == 3
+    assert repr(clf) == "QLoRAClassifier(lora_r=3)"
+
+
+def test_quiet_by_default_and_a_progress_bar_on_request(tmp_path, corpus, capfd):
+    import tiny
+
+    folder = tiny.save_model(tmp_path, "mistral")
+    capfd.readouterr()
+    make_classifier(folder).fit(*corpus).predict(corpus[0])
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    make_classifier(folder, verbose=1).fit(*corpus)
+    assert "fit: 100%" in capfd.readouterr().err

@@ -1,0 +1,30 @@
+"""Importing the package changes nothing and loads nothing heavy."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import logging, os, sys, warnings
+import sklearn
+def state():
+    loggers = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+    return loggers, list(warnings.filters), dict(os.environ)
+before = state()
+import skqlora
+skqlora.QLoRAClassifier(lora_r=8).get_params()
+assert state() == before
+heavy = {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_import_has_no_side_effects():
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+
+
+def test_first_use_takes_no_cuda_context_and_prints_nothing():
+    script = "import skqlora.training, torch; assert not torch.cuda.is_initialized()"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert result.stdout + result.stderr == ""

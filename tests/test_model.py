@@ -1,0 +1,140 @@
+"""Pooling, row dropout, the head, and adapters on their own."""
+
+import pickle
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from helpers import LORA, make_backbone, random_tokens
+from peft import inject_adapter_in_model
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from skqlora.backbone import _peft_config
+from skqlora.model import RowClock, RowDropout, TextClassifierModel, pool
+from skqlora.training import predict_logits
+
+
+def test_pooling_ignores_padding():
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    hidden[1, 2] = torch.nan
+    assert pool(hidden, mask, "last").tolist() == [[4, 5], [8, 9]]
+    assert pool(hidden, mask, "cls").tolist() == [[0, 1], [6, 7]]
+    hidden[1, 2] = 99.0
+    assert pool(hidden, mask, "mean").tolist() == [[2, 3], [7, 8]]
+
+
+def drop(x, first_row, n_rows, *, batch_rows=8, step=3, seed=0, layer=0, p=0.5):
+    clock = RowClock(step, batch_rows, first_row, n_rows, n_tokens=5)
+    return RowDropout(p, seed, layer, clock)(x)
+
+
+def test_row_dropout_draws_one_mask_a_row_whatever_the_micro_batch():
+    whole = drop(torch.ones(8, 5, 100), 0, 8)
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    assert (whole == whole[:, :1]).all()  # shared by the row's tokens
+    assert not torch.equal(whole[0], whole[1])
+    parts = [drop(torch.ones(4, 5, 100), first, 4) for first in (0, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_row_dropout_takes_flattened_rows_and_leaves_what_all_rows_share():
+    whole = drop(torch.ones(8, 5, 100), 0, 8)
+    assert torch.equal(drop(torch.ones(40, 100), 0, 8), whole.view(40, 100))
+    assert torch.equal(drop(torch.ones(8, 100), 0, 8), whole[:, 0])
+    shared = torch.ones(1, 32, 100)  # DeBERTa's relative positions
+    assert torch.equal(drop(shared, 0, 8), shared)
+
+
+@pytest.mark.parametrize("change", [{"step": 4}, {"seed": 1}, {"layer": 1}])
+def test_row_dropout_follows_seed_step_and_layer(change):
+    x = torch.ones(8, 5, 100)
+    assert torch.equal(drop(x, 0, 8), drop(x, 0, 8))
+    assert not torch.equal(drop(x, 0, 8), drop(x, 0, 8, **change))
+
+
+def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
+    x = torch.ones(8, 5, 10_000)
+    assert drop(x, 0, 8, p=0.2).mean().item() == pytest.approx(1, abs=0.02)
+    dropout = RowDropout(0.5, 0, 0, RowClock(0, 8, 0, 8, 5)).eval()
+    assert dropout(x) is x
+
+
+def test_only_lora_dropout_is_ever_in_training_mode(backbone):
+    model = TextClassifierModel(backbone, LORA, 3, "auto", lora_dropout=0.1).train()
+    training = {type(m) for m in model.modules() if m.training}
+    assert training == {TextClassifierModel, RowDropout}
+
+
+def test_logits_of_a_decoder_equal_those_of_transformers(decoder):
+    ours = TextClassifierModel(make_backbone(decoder), LORA, 3, "auto", seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in ours.lora_parameters().values():
+        parameter.data.normal_(std=0.1, generator=generator)
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        decoder,
+        num_labels=3,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["score"],
+        ),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+    inject_adapter_in_model(_peft_config(LORA, fan_in_fan_out=False), theirs.model)
+    theirs.model.load_state_dict(ours.lora_parameters(), strict=False)
+    theirs.score.load_state_dict(ours.head.state_dict())
+    theirs.eval()
+    for layer in theirs.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # or it would infer in bfloat16
+
+    tokens = random_tokens()
+    input_ids, mask = tokens.batch(np.arange(len(tokens)))
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids, attention_mask=mask).logits
+        np.testing.assert_array_equal(ours(input_ids, mask).numpy(), expected.numpy())
+
+
+def test_logits_of_a_pooler_equal_those_of_transformers(encoder):
+    ours = TextClassifierModel(make_backbone(encoder, quantization=None), LORA, 3, "pooler")
+    theirs = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3).eval()
+    theirs.classifier.load_state_dict(ours.head.state_dict())
+    input_ids, mask = random_tokens().batch(np.arange(16))
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids, attention_mask=mask).logits
+        torch.testing.assert_close(ours(input_ids, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_pooling_follows_what_the_base_can(encoder, decoder):
+    assert TextClassifierModel(make_backbone(encoder), LORA, 3, "auto").pooling == "mean"
+    assert TextClassifierModel(make_backbone(decoder), LORA, 3, "auto").pooling == "last"
+    with pytest.raises(ValueError, match="pooling='cls' with the decoder"):
+        TextClassifierModel(make_backbone(decoder), LORA, 3, "cls")
+    with pytest.raises(ValueError, match="has no trained pooler"):
+        TextClassifierModel(make_backbone(decoder), LORA, 3, "pooler")
+
+
+def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
+    model = TextClassifierModel(backbone, LORA, 3, "auto", seed=4)
+    for parameter in model.lora_parameters().values():
+        parameter.data.normal_(std=0.1)
+    state = model.capture(max_length=32)
+    expected = predict_logits(model, random_tokens())
+    copy = pickle.loads(pickle.dumps(state))
+    restored = TextClassifierModel.restore(backbone, copy)
+    np.testing.assert_array_equal(predict_logits(restored, random_tokens()), expected)
+    tensors = [*state.lora_tensors.values(), *state.head_tensors.values()]
+    assert all(tensor.base is None for tensor in tensors)
+    assert len(pickle.dumps(state)) < sum(t.nbytes for t in tensors) + 8192
+
+
+def test_adapter_of_another_base_is_refused(encoder, tiny_model):
+    state = TextClassifierModel(make_backbone(encoder), LORA, 3, "auto").capture(max_length=32)
+    with pytest.raises(ValueError, match="is not the base that was fitted"):
+        TextClassifierModel.restore(make_backbone(tiny_model("electra")), state)
