@@ -12,18 +12,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora.fingerprint import fingerprint_source
-from skqlora.quiet import muted
-
-with muted():  # bitsandbytes announces an optional kernel package each time it is imported
-    import bitsandbytes as bnb
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"  # PEFT's own name for the only adapter of a model
 
@@ -274,14 +271,12 @@ def _cpu_multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def load_backbone(spec: BackboneSpec, *, verbose: int = 0) -> Backbone:
+def load_backbone(spec: BackboneSpec) -> Backbone:
     """Return the base of `spec`, loaded and quantized at the first call of the process.
 
     Parameters
     ----------
     spec : BackboneSpec
-    verbose : int, default=0
-        0 silences the libraries that load it.
 
     Returns
     -------
@@ -292,7 +287,7 @@ def load_backbone(spec: BackboneSpec, *, verbose: int = 0) -> Backbone:
     ValueError
         If the weights are missing, incomplete or not in safetensors format.
     """
-    with _load_lock, muted(not verbose):
+    with _load_lock:
         return _load(spec)
 
 

@@ -11,6 +11,7 @@ from sklearn.utils.extmath import softmax
 from sklearn.utils.validation import check_is_fitted
 
 from skqlora.inputs import check_labels, check_texts
+from skqlora.quiet import muted
 
 if TYPE_CHECKING:  # torch and transformers load at first use
     from skqlora.backbone import BackboneSpec, LoraSettings
@@ -257,15 +258,14 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         texts = check_texts(X)
         classes, targets = check_labels(y, n_texts=len(texts))
 
-        from skqlora.architecture import check_architecture
-        from skqlora.backbone import load_backbone
-        from skqlora.data import load_tokenizer, tokenize
-        from skqlora.model import TextClassifierModel
-        from skqlora.quiet import muted
-        from skqlora.training import train
-
-        spec = self._backbone_spec()
         with muted(not self.verbose):
+            from skqlora.architecture import check_architecture
+            from skqlora.backbone import load_backbone
+            from skqlora.data import load_tokenizer, tokenize
+            from skqlora.model import TextClassifierModel
+            from skqlora.training import train
+
+            spec = self._backbone_spec()
             architecture = check_architecture(
                 self.model, self.revision, quantized=self.quantization is not None
             )
@@ -273,7 +273,8 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         max_length = self._choose_max_length(architecture.max_positions, tokenizer)
         tokens = tokenize(tokenizer, texts, max_length, architecture.vocab_size)
 
-        backbone = load_backbone(spec, verbose=self.verbose)
+        with muted(not self.verbose):
+            backbone = load_backbone(spec)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         model = TextClassifierModel(
             backbone,
@@ -306,7 +307,8 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         labels : ndarray of shape (n_texts,)
             In the dtype of the labels that were fitted.
         """
-        return self.classes_[self._logits(X).argmax(axis=1)]
+        logits = self._logits(X)
+        return self.classes_[logits.argmax(axis=1)]
 
     def predict_proba(self, X):
         """Predict the probability of each class.
@@ -356,16 +358,15 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         texts = check_texts(X)
 
-        from skqlora.backbone import load_backbone
-        from skqlora.data import load_tokenizer, tokenize
-        from skqlora.model import TextClassifierModel
-        from skqlora.quiet import muted
-        from skqlora.training import predict_logits
-
-        backbone = load_backbone(self._backbone_spec(), verbose=self.verbose)
-        model = TextClassifierModel.restore(backbone, self.adapter_)
         with muted(not self.verbose):
+            from skqlora.backbone import load_backbone
+            from skqlora.data import load_tokenizer, tokenize
+            from skqlora.model import TextClassifierModel
+            from skqlora.training import predict_logits
+
+            backbone = load_backbone(self._backbone_spec())
             tokenizer = load_tokenizer(self.model, self.revision)
+        model = TextClassifierModel.restore(backbone, self.adapter_)
         tokens = tokenize(tokenizer, texts, self.adapter_.max_length, backbone.vocab_size)
         return predict_logits(model, tokens)
 

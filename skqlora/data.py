@@ -36,14 +36,18 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     ValueError
         If there is no tokenizer that can be read without running code from the model's repository.
     """
+    refusal = ValueError(
+        f"model={model!r} has no tokenizer that can be loaded. Wanted: its tokenizer files "
+        "(tokenizer.json, tokenizer_config.json) beside its config.json; "
+        "`tokenizer.save_pretrained(folder)` writes them."
+    )
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # the libraries raise a dozen types here, KeyError and OSError too
-        raise ValueError(
-            f"model={model!r} has no tokenizer that can be loaded. Wanted: its tokenizer files "
-            "(tokenizer.json, tokenizer_config.json) beside its config.json; "
-            "`tokenizer.save_pretrained(folder)` writes them."
-        ) from error
+        raise refusal from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where there are no files
+        raise refusal
+    return tokenizer
 
 
 class TokenizedTexts:

@@ -9,13 +9,9 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
-
-from skqlora.quiet import muted
-
-with muted():
-    import bitsandbytes as bnb
 
 ALIGNMENT = 256  # elements: a block of the 8-bit optimizer never spans two tensors
 PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes' own threshold: less is not worth paging

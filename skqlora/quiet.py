@@ -5,8 +5,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging as transformers_logging
-
 _lock = threading.RLock()
 
 
@@ -24,6 +22,8 @@ def muted(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
+    from transformers.utils import logging as transformers_logging  # loads torch
+
     with _lock, _restored():
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
@@ -33,6 +33,8 @@ def muted(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
     bitsandbytes_logger = logging.getLogger("bitsandbytes")
     level = bitsandbytes_logger.level
     verbosity = transformers_logging.get_verbosity()

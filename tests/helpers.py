@@ -19,11 +19,11 @@ LORA = LoraSettings(
 )
 
 
-def make_classifier(model, **params):
+def make_classifier(model, /, **params):
     """A classifier that learns a tiny model's topics in a second or two."""
     return QLoRAClassifier(
-        model,
         **{
+            "model": model,
             "lora_r": 4,
             "num_train_epochs": 3,
             "learning_rate": 5e-3,

@@ -22,9 +22,17 @@ def test_import_has_no_side_effects():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 
 
-def test_first_use_takes_no_cuda_context_and_prints_nothing():
-    script = "import skqlora.training, torch; assert not torch.cuda.is_initialized()"
+def test_fit_on_a_cpu_takes_no_cuda_context_and_prints_nothing(encoder):
+    script = (
+        "import sys; from skqlora import QLoRAClassifier\n"
+        "clf = QLoRAClassifier(sys.argv[1], num_train_epochs=1, device='cpu')\n"
+        "clf.fit(['a cat', 'red'], ['animal', 'colour']).predict(['blue'])\n"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        [sys.executable, "-c", script, encoder],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert result.stdout + result.stderr == ""
