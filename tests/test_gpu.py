@@ -1,0 +1,180 @@
+"""What only a CUDA device shows: paging, autocast and memory. Run with ``pytest -m gpu``."""
+
+import gc
+import pickle
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import (
+    LORA,
+    digest_of_base,
+    make_backbone,
+    make_classifier,
+    make_settings,
+    random_tokens,
+)
+from transformers import AutoModelForSequenceClassification
+
+from skqlora import backbone as backbone_module
+from skqlora.model import TextClassifierModel
+from skqlora.training import _Updater, predict_logits, train
+
+pytestmark = pytest.mark.gpu
+
+TARGETS = np.arange(16) % 3
+# Llama-shaped, 103 M parameters in linear layers: weights outweigh activations.
+MEDIUM = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "dtype": torch.bfloat16,
+}
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    """Folder of a random Llama that is large enough for memory to be its weights'."""
+    return tiny.save_model(tmp_path_factory.mktemp("medium"), "llama", **MEDIUM)
+
+
+def cuda_backbone(model, **changes):
+    settings = {"device": torch.device("cuda", 0), "compute_dtype": torch.bfloat16}
+    return make_backbone(model, **settings | changes)
+
+
+def test_optimizer_state_is_paged_and_its_memory_is_used_again(medium):
+    backbone = cuda_backbone(medium)
+    places = []
+    for _ in range(3):
+        model = TextClassifierModel(backbone, LORA, 3, "auto")
+        updater = _Updater(model, make_settings(), n_steps=1)
+        updater.step(random_tokens(), TARGETS, np.arange(16))
+        lora, head = (updater.optimizer.state[s.leaf] for s in updater.segments)
+        assert lora["state1"].is_paged
+        assert lora["state2"].is_paged
+        assert lora["state1"].abs().max() > 0
+        assert not getattr(head["state1"], "is_paged", False)  # smaller than a page is worth
+        places.append({lora["state1"].data_ptr(), lora["state2"].data_ptr()})
+        updater.close()
+    assert places[0] == places[1] == places[2]
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_cuda_learns_in_bfloat16(model, corpus, optim):
+    texts, labels = corpus
+    clf = make_classifier(
+        model, device="cuda", compute_dtype="auto", optim=optim, num_train_epochs=8, batch_size=4
+    )
+    clf.fit(texts, labels)
+    assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
+    spec = clf._backbone_spec()
+    assert spec.compute_dtype == torch.bfloat16
+
+
+def test_float16_learns_with_a_scaled_loss(model, corpus):
+    clf = make_classifier(
+        model, device="cuda", compute_dtype="float16", num_train_epochs=8, batch_size=4
+    )
+    clf.fit(*corpus)
+    assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
+
+
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(model):
+    trained = TextClassifierModel(cuda_backbone(model), LORA, 3, "auto")
+    seen = set()
+    for layer in backbone_module.lora_layers(trained.encoder):
+        layer.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+    train(trained, random_tokens(), TARGETS, make_settings())
+    assert seen == {torch.bfloat16}
+    assert {p.grad.dtype for p in trained.lora_parameters().values()} == {torch.float32}
+
+
+def test_cuda_and_cpu_give_the_same_classifier(model, corpus):
+    texts, _ = corpus
+    cuda = make_classifier(model, device="cuda").fit(*corpus)
+    cpu = make_classifier(model).fit(*corpus)
+    assert cuda.loss_curve_[0] == pytest.approx(cpu.loss_curve_[0], rel=0.05)
+    expected = cuda.predict_proba(texts)
+    moved = pickle.loads(pickle.dumps(cuda)).set_params(device="cpu")
+    np.testing.assert_allclose(moved.predict_proba(texts), expected, atol=1e-3)
+
+
+def test_base_is_the_same_bytes_after_a_fit(model, corpus):
+    base = cuda_backbone(model).module
+    before = digest_of_base(base)
+    make_classifier(model, device="cuda", compute_dtype="bfloat16").fit(*corpus)
+    assert cuda_backbone(model).module is base
+    assert digest_of_base(base) == before
+
+
+def test_micro_batches_change_nothing(model):
+    def adapter(**changes):
+        trained = TextClassifierModel(
+            cuda_backbone(model, compute_dtype=torch.float32), LORA, 3, "auto", lora_dropout=0.1
+        )
+        train(trained, random_tokens(), TARGETS, make_settings(**changes))
+        state = trained.capture(max_length=32)
+        return np.concatenate([v.ravel() for v in state.lora_tensors.values()])
+
+    whole = adapter(batch_size=16)
+    parts = adapter(batch_size=4, gradient_accumulation_steps=4)
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4)
+
+
+def peak_of(work):
+    """Peak CUDA memory in MB of a piece of work that starts with nothing loaded."""
+    backbone_module._load.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def train_lora(model, quantization, checkpointing=False, longest=32):
+    trained = TextClassifierModel(cuda_backbone(model, quantization=quantization), LORA, 3, "auto")
+    settings = make_settings(gradient_checkpointing=checkpointing)
+    train(trained, random_tokens(16, longest), TARGETS, settings)
+
+
+def train_everything(model):
+    full = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=3, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    optimizer = torch.optim.AdamW(full.parameters())
+    input_ids, mask = (x.cuda() for x in random_tokens(16, 32).batch(np.arange(16)))
+    labels = torch.as_tensor(TARGETS, device="cuda")
+    for _ in range(2):
+        full(input_ids=input_ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+
+
+def test_memory_of_nf4_is_below_16_bit_lora_and_that_below_full_fine_tuning(medium, capsys):
+    nf4 = peak_of(lambda: train_lora(medium, "nf4"))
+    lora = peak_of(lambda: train_lora(medium, None))
+    full = peak_of(lambda: train_everything(medium))
+    with capsys.disabled():
+        print(f"\npeak: NF4 {nf4:.0f} MB, 16-bit LoRA {lora:.0f} MB, full {full:.0f} MB")
+    assert nf4 < 0.8 * lora
+    assert lora < 0.5 * full
+
+
+def test_checkpointing_saves_memory(medium, capsys):
+    plain = peak_of(lambda: train_lora(medium, "nf4", longest=256))
+    saving = peak_of(lambda: train_lora(medium, "nf4", checkpointing=True, longest=256))
+    with capsys.disabled():
+        print(f"\npeak: plain {plain:.0f} MB, checkpointed {saving:.0f} MB")
+    assert saving < 0.5 * plain
+
+
+def test_predictions_do_not_depend_on_the_batch(medium):
+    model = TextClassifierModel(cuda_backbone(medium), LORA, 3, "auto")
+    tokens = random_tokens(32)
+    together = predict_logits(model, tokens)
+    alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
+    np.testing.assert_allclose(np.array(alone), together, rtol=0, atol=2e-2)
