@@ -198,8 +198,10 @@ class _Updater:
             leaves = [segment.leaf for segment in self.segments]
             nn.utils.clip_grad_norm_(leaves, self.settings.max_grad_norm)
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        self.scheduler.step()
+        if self.scaler.get_scale() >= scale:  # else float16 overflowed and no step was taken
+            self.scheduler.step()
 
 
 @contextmanager
