@@ -99,16 +99,21 @@ class Footprint:
         return self.trainable_parameters / (self.quantized_parameters + self.other_parameters)
 
     def __str__(self) -> str:
-        quantized, other = self.quantized_parameters / 1e6, self.other_parameters / 1e6
-        trained = self.trainable_parameters / 1e6
-        return (
-            f"4-bit layers  {quantized:9.2f} M parameters {self.quantized_bytes / 1e6:9.2f} MB"
-            f"  ({self.bits_per_quantized_parameter:.3f} bits each; {2 * quantized:.2f} MB in 16)\n"
-            f"the rest      {other:9.2f} M parameters {self.other_bytes / 1e6:9.2f} MB"
-            "  (embeddings and norms)\n"
-            f"trained       {trained:9.2f} M parameters {4 * trained:9.2f} MB"
-            f"  ({self.trainable_share:.2%} of the model)"
+        def line(name: str, parameters: int, n_bytes: int, remark: str) -> str:
+            millions, megabytes = parameters / 1e6, n_bytes / 1e6
+            return f"{name:13}{millions:9.2f} M parameters {megabytes:9.2f} MB  ({remark})"
+
+        bits = (
+            f"{self.bits_per_quantized_parameter:.3f} bits each; "
+            f"{2 * self.quantized_parameters / 1e6:.2f} MB in 16"
         )
+        share = f"{self.trainable_share:.2%} of the model"
+        rows = [
+            ("4-bit layers", self.quantized_parameters, self.quantized_bytes, bits),
+            ("not quantized", self.other_parameters, self.other_bytes, "embeddings, norms ..."),
+            ("trained", self.trainable_parameters, 4 * self.trainable_parameters, share),
+        ]
+        return "\n".join(line(*row) for row in rows if row[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,18 +234,18 @@ def resolve_device(device: str) -> torch.device:
             f"Got device={device!r}, but bitsandbytes cannot train a 4-bit model on "
             f"{resolved.type!r} devices. Pass device='cpu', or 'cuda' or 'xpu' where there is one."
         )
-    if not _is_available(resolved.type):
+    if not _is_available(resolved.type, resolved.index or 0):
         raise ValueError(
-            f"Got device={device!r}, but torch sees no {resolved.type} device here. Pass "
-            "device='auto' to take what there is, or install a torch built for it."
+            f"Got device={device!r}, but torch sees no such device here. Pass device='auto' to "
+            "take what there is, or install a torch built for it."
         )
     if resolved.type != "cpu" and resolved.index is None:
         resolved = torch.device(resolved.type, getattr(torch, resolved.type).current_device())
     return resolved
 
 
-def _is_available(kind: str) -> bool:
-    return kind == "cpu" or getattr(torch, kind).is_available()
+def _is_available(kind: str, index: int = 0) -> bool:
+    return kind == "cpu" or index < getattr(torch, kind).device_count()
 
 
 def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:

@@ -105,7 +105,7 @@ def test_devices():
     with pytest.raises(ValueError, match="which is no torch device"):
         resolve_device("gpu!")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="torch sees no cuda device here"):
+        with pytest.raises(ValueError, match="torch sees no such device here"):
             resolve_device("cuda")
 
 
