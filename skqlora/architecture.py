@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 # Rotary embeddings whose angles depend on the longest row of the batch once it passes the length
 # that the model was trained on, so that a text's result would depend on its neighbours.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+UNQUANTIZED_SHARE = 0.02  # of the weights: what a 4-bit model may keep in odd layers
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ class Architecture:
         Greatest number of tokens that the model takes; None where it sets no limit.
     vocab_size : int
         Number of tokens that the model has an embedding of.
+    skeleton : transformers.PreTrainedModel
+        The model on the meta device: every shape and no weight.
     """
 
     model_type: str
     max_positions: int | None
     vocab_size: int
+    skeleton: PreTrainedModel
 
 
 def check_architecture(model: str, revision: str | None, *, quantized: bool) -> Architecture:
@@ -71,19 +76,23 @@ def check_architecture(model: str, revision: str | None, *, quantized: bool) -> 
     try:
         with torch.device("meta"):  # every shape and no weight
             skeleton = AutoModel.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise refusal("has no base model in transformers", "Take another one.") from error
+    except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise refusal(f"cannot be built by transformers: {error}", "Take another one.") from error
     if not _reads_text(skeleton):
         raise refusal("does not read text", "Take another one.")
     kinds, share = _unquantizable(skeleton)
-    if quantized and kinds:
+    if quantized and share > UNQUANTIZED_SHARE:
         raise refusal(
             f"keeps {share:.0%} of its weights in {', '.join(kinds)}, which bitsandbytes leaves "
             "unquantized",
-            "Take a dense model, no mixture of experts.",
+            "Take a dense model of plain linear layers, no mixture of experts.",
         )
-    vocab_size = skeleton.get_input_embeddings().num_embeddings
-    return Architecture(config.model_type, _max_positions(config, skeleton), vocab_size)
+    return Architecture(
+        config.model_type,
+        _max_positions(config, skeleton),
+        skeleton.get_input_embeddings().num_embeddings,
+        skeleton,
+    )
 
 
 def _read_config(model: str, revision: str | None) -> PretrainedConfig:
@@ -95,7 +104,7 @@ def _read_config(model: str, revision: str | None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # hub, network, JSON and registry errors share no base class
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder, or a model id of "
             "the Hugging Face Hub that transformers knows without running code from its repository."
@@ -103,27 +112,29 @@ def _read_config(model: str, revision: str | None) -> PretrainedConfig:
 
 
 def _reads_text(skeleton: PreTrainedModel) -> bool:
-    return skeleton.main_input_name == "input_ids" and isinstance(
-        skeleton.get_input_embeddings(), nn.Embedding
-    )
+    try:
+        embeddings = skeleton.get_input_embeddings()
+    except NotImplementedError:  # transformers found no such table
+        return False
+    return skeleton.main_input_name == "input_ids" and isinstance(embeddings, nn.Embedding)
 
 
 def _unquantizable(skeleton: nn.Module) -> tuple[list[str], float]:
-    """Name the layers that multiply by a matrix but stay unquantized, and tell their share.
+    """Name the modules whose matrices stay unquantized, embeddings aside, and tell their share.
 
-    transformers replaces `nn.Linear` and GPT-2's `Conv1D`, not what derives from them, nor stacks
-    of matrices with three axes, as experts are kept.
+    transformers replaces `nn.Linear` and GPT-2's `Conv1D`, not what derives from them, nor the
+    stacks of matrices in which mixtures of experts keep their experts.
     """
-    weights = {
+    kept = {
         parameter: type(module).__name__
         for module in skeleton.modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if type(module) not in (nn.Linear, Conv1D)
+        and not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
         for parameter in module.parameters(recurse=False)
-        if parameter.ndim == 3
-        or (isinstance(module, nn.Linear) and type(module) is not nn.Linear and parameter.ndim == 2)
+        if parameter.ndim >= 2
     }
     n_parameters = sum(p.numel() for p in skeleton.parameters())
-    return sorted(set(weights.values())), sum(p.numel() for p in weights) / n_parameters
+    return sorted(set(kept.values())), sum(p.numel() for p in kept) / n_parameters
 
 
 def _max_positions(config: PretrainedConfig, skeleton: nn.Module) -> int | None:

@@ -10,6 +10,7 @@ import math
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,10 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from skqlora.fingerprint import fingerprint_source
 
+# Relative difference of hidden states that rounding alone explains.
+PADDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 ADAPTER = "default"  # PEFT's own name for the only adapter of a model
 
-_load_lock = threading.Lock()
-_injection_lock = threading.Lock()
+# Loading and PEFT's injection both draw from torch's global generator, which they put back.
+_generator_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class BackboneSpec:
     compute_dtype : torch.dtype
         Of the products with the base's weights.
     device : torch.device
+    files : tuple
+        What `describe_files` tells of a local folder, so that a changed folder is another base.
     """
 
     model: str
@@ -51,6 +56,7 @@ class BackboneSpec:
     double_quant: bool
     compute_dtype: torch.dtype
     device: torch.device
+    files: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,8 @@ class Backbone:
         module = _clone(self.module)
         if not keep_pooler:
             _drop_pooler(module)
-        config = _peft_config(lora, fan_in_fan_out=_has_conv1d(module))
-        with _injection_lock, torch.random.fork_rng(devices=[]):  # on a CPU, whatever the device
+        config = peft_config(lora, module)
+        with _generator_lock, torch.random.fork_rng(devices=[]):  # on a CPU, whatever the device
             torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, module, adapter_name=ADAPTER)
         for parameter in module.parameters():
@@ -207,73 +213,9 @@ class Backbone:
         )
 
 
-def lora_layers(module: nn.Module) -> list[LoraLayer]:
+def lora_layers(module: nn.Module) -> list[Any]:
     """List the layers of a leased clone that carry an adapter, in the order of the model."""
     return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn "auto" or a torch device name into a device that QLoRA can train on.
-
-    Raises
-    ------
-    ValueError
-        If the device is not there, or bitsandbytes cannot train on it.
-    """
-    if device == "auto":
-        device = next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"Got device={device!r}, which is no torch device. Wanted: 'auto', 'cpu', 'cuda', "
-            "'cuda:1', 'xpu' ..."
-        ) from error
-    if resolved.type not in ("cpu", "cuda", "xpu"):
-        raise ValueError(
-            f"Got device={device!r}, but bitsandbytes cannot train a 4-bit model on "
-            f"{resolved.type!r} devices. Pass device='cpu', or 'cuda' or 'xpu' where there is one."
-        )
-    if not _is_available(resolved.type, resolved.index or 0):
-        raise ValueError(
-            f"Got device={device!r}, but torch sees no such device here. Pass device='auto' to "
-            "take what there is, or install a torch built for it."
-        )
-    if resolved.type != "cpu" and resolved.index is None:
-        resolved = torch.device(resolved.type, getattr(torch, resolved.type).current_device())
-    return resolved
-
-
-def _is_available(kind: str, index: int = 0) -> bool:
-    return kind == "cpu" or index < getattr(torch, kind).device_count()
-
-
-def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """Turn "auto" or a name into the dtype of the products with the base's weights.
-
-    "auto" is bfloat16 where the hardware multiplies it, else float16 on a GPU and float32 on a CPU.
-
-    Raises
-    ------
-    ValueError
-        For float16 on a CPU.
-    """
-    if compute_dtype == "float16" and device.type == "cpu":
-        raise ValueError(
-            "Got compute_dtype='float16' on a CPU, where it trains neither fast nor stably. Pass "
-            "'auto', 'bfloat16' or 'float32'."
-        )
-    if compute_dtype != "auto":
-        return getattr(torch, compute_dtype)
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_backbone(spec: BackboneSpec) -> Backbone:
@@ -290,16 +232,19 @@ def load_backbone(spec: BackboneSpec) -> Backbone:
     Raises
     ------
     ValueError
-        If the weights are missing, incomplete or not in safetensors format.
+        If the weights are missing, incomplete or not in safetensors format, or the model cannot be
+        run on text alone, one text independent of those padded beside it.
     """
-    with _load_lock:
+    with _generator_lock:
         return _load(spec)
 
 
 @functools.lru_cache(maxsize=2)
 def _load(spec: BackboneSpec) -> Backbone:
     fingerprint = fingerprint_source(spec.model, spec.revision)
-    with torch.random.fork_rng(devices=[]):  # weights that a checkpoint lacks are drawn at random
+    devices = [] if spec.device.type == "cpu" else [spec.device]
+    # A pooler that the checkpoint lacks is drawn at random before it is dropped.
+    with torch.random.fork_rng(devices, device_type=spec.device.type):
         module, loading = AutoModel.from_pretrained(
             spec.model,
             revision=spec.revision,
@@ -312,7 +257,7 @@ def _load(spec: BackboneSpec) -> Backbone:
         )
     _refuse_missing_weights(spec.model, module, loading["missing_keys"])
     _freeze(module, spec.compute_dtype)
-    hidden_size, causal = _probe(module, spec.device)
+    hidden_size, causal = _probe(module, spec)
     return Backbone(module, spec, fingerprint, hidden_size, causal)
 
 
@@ -356,7 +301,7 @@ def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[st
 
 def _drop_pooler(module: PreTrainedModel) -> None:
     if hasattr(module, "pooler"):
-        setattr(module, "pooler", None)  # noqa: B010 (for mypy, a module has no such attribute)
+        setattr(module, "pooler", None)  # noqa: B010 (mypy: a module has no such attribute)
 
 
 def _freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -372,20 +317,43 @@ def _freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
                 layer.bias.data = layer.bias.data.to(compute_dtype)
 
 
-@torch.no_grad()
-def _probe(module: PreTrainedModel, device: torch.device) -> tuple[int, bool]:
+def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     """Width of the last hidden state, and whether a token sees only those before it.
 
     Configurations do not tell: `is_decoder` is unset for Llama. Two inputs that differ in their
-    last token do.
+    last token do. A third, padded, shows whether a text's result depends on its neighbours.
     """
     vocabulary = module.config.get_text_config().vocab_size
-    ids = torch.arange(5, 13, device=device)[None] % vocabulary
+    ids = torch.arange(5, 13, device=spec.device)[None] % vocabulary
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % vocabulary
-    mask = torch.ones_like(ids)
-    first, second = (module(input_ids=x, attention_mask=mask)[0][0] for x in (ids, changed))
-    return first.shape[-1], torch.equal(first[:-1], second[:-1])
+    padded = torch.cat([ids, ids[:, :5]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, ids.shape[1] :] = 0
+
+    @torch.no_grad()
+    def hidden_states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return module(input_ids=ids, attention_mask=mask)[0][0]
+
+    name = f"model={spec.model!r} ({module.config.model_type})"
+    module = _clone(module)
+    _drop_pooler(module)  # as most adapters will
+    try:
+        plain = hidden_states(ids, torch.ones_like(ids))
+        causal = torch.equal(plain[:-1], hidden_states(changed, torch.ones_like(ids))[:-1])
+        beside_padding = hidden_states(padded, mask)[: len(plain)]
+    except (AttributeError, IndexError, NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot be run on token ids and a mask alone: {error}. Wanted: a text encoder "
+            "such as BERT, or a decoder such as Llama."
+        ) from error
+    error = (beside_padding - plain).float().norm() / plain.float().norm()
+    if plain.ndim != 2 or error > PADDING_TOLERANCE[spec.compute_dtype]:
+        raise ValueError(
+            f"{name} gives a text another result when another text makes it padded (relative "
+            f"difference {error:.1e}). Wanted: a model that heeds the attention mask, such as BERT."
+        )
+    return plain.shape[-1], causal
 
 
 def _clone(base: PreTrainedModel) -> PreTrainedModel:
@@ -395,7 +363,8 @@ def _clone(base: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(base, {id(x): x for x in shared})
 
 
-def _peft_config(lora: LoraSettings, *, fan_in_fan_out: bool) -> LoraConfig:
+def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
+    """Write the settings as PEFT wants them for a base or its skeleton."""
     targets = lora.target_modules
     return LoraConfig(
         r=lora.r,
@@ -405,8 +374,42 @@ def _peft_config(lora: LoraSettings, *, fan_in_fan_out: bool) -> LoraConfig:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
-        fan_in_fan_out=fan_in_fan_out,
+        fan_in_fan_out=_has_conv1d(module),
     )
+
+
+def refuse_missing_targets(lora: LoraSettings, skeleton: nn.Module) -> None:
+    """Try the adapter on a skeleton without weights, to refuse what a base would refuse later.
+
+    Parameters
+    ----------
+    lora : LoraSettings
+    skeleton : torch.nn.Module
+        On the meta device; it is changed.
+
+    Raises
+    ------
+    ValueError
+        If `target_modules` fits no layer, or one that cannot have an adapter.
+    """
+    try:
+        config = peft_config(lora, skeleton)
+        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT's ValueError, re.error, TypeError ... of a user's list
+        targets = lora.target_modules
+        raise ValueError(
+            f"Got target_modules={targets!r}, which cannot be adapted: {error} Wanted: "
+            "'all-linear', or names of linear layers of this model."
+        ) from error
+
+
+def describe_files(model: str) -> tuple:
+    """List the path and the files of a local folder, with sizes and times; () for a Hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return ()
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return folder.resolve(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _has_conv1d(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """`QLoRAClassifier`: the scikit-learn contract, and nothing of torch's internals."""
 
+import os
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +32,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
 
     Parameters
     ----------
-    model : str, default="Qwen/Qwen3-0.6B-Base"
+    model : str or path, default="Qwen/Qwen3-0.6B-Base"
         A model id of the Hugging Face Hub or a local folder: a text encoder (BERT, RoBERTa,
         DeBERTa, ModernBERT ...) or a decoder (Llama, Qwen, Mistral, Gemma, Phi, GPT-2 ...).
     revision : str, default=None
@@ -66,8 +67,8 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         How the hidden states of a text become one vector. "auto" is the last token for a decoder
         and the mean for an encoder.
     max_length : int or "auto", default="auto"
-        Greatest number of tokens of a text; the rest is cut off. "auto" is 512, or less if the
-        model takes less.
+        Greatest number of tokens of a text; the end of a longer one is cut off, whatever the
+        tokenizer's `truncation_side`. "auto" is 512, or less if the model takes less.
     num_train_epochs : int, default=5
         Passes over the training texts.
     batch_size : int, default=16
@@ -116,9 +117,10 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
     -----
     Texts in `X` are a list, a Series, an array of shape (n_texts,) or a table with one column.
 
-    A process loads a base once, at the first `fit` or `predict` that needs it: the download from
-    the Hub, then about 0.5 bytes of memory for each parameter in a linear layer and 2 (GPU) or 4
-    (CPU) for each in the embeddings. Each worker process loads its own.
+    A process loads a base at the first `fit` or `predict` that needs it and keeps the two that it
+    used last. That costs the download from the Hub, then about 0.5 bytes of memory for each
+    parameter in a linear layer and 2 (GPU) or 4 (CPU) for each in the embeddings. Each worker
+    process loads its own.
 
     ``learning_rate="auto"`` is ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for Qwen and
     0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025) over
@@ -141,7 +143,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list]] = {
-        "model": [str],
+        "model": [str, os.PathLike],
         "revision": [str, None],
         "quantization": [StrOptions({"nf4", "fp4"}), None],
         "double_quant": ["boolean"],
@@ -260,16 +262,17 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
 
         with muted(not self.verbose):
             from skqlora.architecture import check_architecture
-            from skqlora.backbone import load_backbone
+            from skqlora.backbone import load_backbone, refuse_missing_targets
             from skqlora.data import load_tokenizer, tokenize
             from skqlora.model import TextClassifierModel
             from skqlora.training import train
 
             spec = self._backbone_spec()
             architecture = check_architecture(
-                self.model, self.revision, quantized=self.quantization is not None
+                spec.model, spec.revision, quantized=spec.quantization is not None
             )
-            tokenizer = load_tokenizer(self.model, self.revision)
+            refuse_missing_targets(self._lora_settings(), architecture.skeleton)
+            tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
         max_length = self._choose_max_length(architecture.max_positions, tokenizer)
         tokens = tokenize(tokenizer, texts, max_length, architecture.vocab_size)
 
@@ -335,7 +338,8 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         -------
         log_probabilities : ndarray of shape (n_texts, n_classes)
         """
-        return np.log(self.predict_proba(X))
+        logits = self._logits(X)
+        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
     def decision_function(self, X):
         """Compute the logits of each class.
@@ -356,6 +360,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
     def _logits(self, X) -> np.ndarray:
         """Logits of shape (n_texts, n_classes), from the base of the process and the adapter."""
         check_is_fitted(self)
+        self._validate_params()
         texts = check_texts(X)
 
         with muted(not self.verbose):
@@ -364,23 +369,26 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             from skqlora.model import TextClassifierModel
             from skqlora.training import predict_logits
 
-            backbone = load_backbone(self._backbone_spec())
-            tokenizer = load_tokenizer(self.model, self.revision)
+            spec = self._backbone_spec()
+            backbone = load_backbone(spec)
+            tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
         model = TextClassifierModel.restore(backbone, self.adapter_)
         tokens = tokenize(tokenizer, texts, self.adapter_.max_length, backbone.vocab_size)
         return predict_logits(model, tokens)
 
     def _backbone_spec(self) -> "BackboneSpec":
-        from skqlora.backbone import BackboneSpec, resolve_compute_dtype, resolve_device
+        from skqlora.backbone import BackboneSpec, describe_files
+        from skqlora.device import resolve_compute_dtype, resolve_device
 
         device = resolve_device(self.device)
         return BackboneSpec(
-            model=self.model,
+            model=os.fspath(self.model),
             revision=self.revision,
             quantization=self.quantization,
             double_quant=bool(self.double_quant) and self.quantization is not None,
             compute_dtype=resolve_compute_dtype(self.compute_dtype, device),
             device=device,
+            files=describe_files(os.fspath(self.model)),
         )
 
     def _lora_settings(self) -> "LoraSettings":

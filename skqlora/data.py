@@ -17,7 +17,7 @@ MEGABATCH_SIZE_MAX = 50  # effective batches that are sorted by length together
 
 
 @functools.lru_cache(maxsize=8)
-def load_tokenizer(model: str, revision: str | None = None) -> Any:
+def load_tokenizer(model: str, revision: str | None = None, files: tuple = ()) -> Any:
     """Load the tokenizer of a Hub model or a local folder.
 
     Parameters
@@ -26,6 +26,8 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
         A Hub id or a local folder.
     revision : str, optional
         Branch, tag or commit on the Hub.
+    files : tuple, default=()
+        Of a local folder, so that a changed folder is read again.
 
     Returns
     -------
@@ -97,9 +99,7 @@ class TokenizedTexts:
         return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def tokenize(
-    tokenizer: Any, texts: Sequence[str], max_length: int, vocab_size: int
-) -> TokenizedTexts:
+def tokenize(tokenizer: Any, texts: list[str], max_length: int, vocab_size: int) -> TokenizedTexts:
     """Turn texts into token ids of at most `max_length`, special tokens included.
 
     Long texts lose their end, never the special tokens that close a sequence. The tokenizer's own
@@ -109,7 +109,7 @@ def tokenize(
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-    texts : sequence of str, of length n_texts
+    texts : list of str, of length n_texts
     max_length : int
         Greatest number of tokens of a text.
     vocab_size : int
@@ -133,16 +133,19 @@ def tokenize(
             f"each text; pass at least {n_special + 1}."
         )
     encoding = tokenizer(
-        list(texts),
+        texts,
         truncation=False,
         padding=False,
         return_attention_mask=False,
         return_token_type_ids=False,
+        return_special_tokens_mask=True,
         verbose=False,
     )
-    n_closing = _count_closing_tokens(tokenizer)
     filler = [_first_known((tokenizer.bos_token_id, tokenizer.eos_token_id), vocab_size)]
-    sequences = [_cut(ids, max_length, n_closing) or filler for ids in encoding["input_ids"]]
+    sequences = [
+        _cut(ids, special, max_length) or filler
+        for ids, special in zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
+    ]
     greatest = max(max(ids) for ids in sequences)
     if greatest >= vocab_size:
         raise ValueError(
@@ -209,15 +212,12 @@ def prediction_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndar
         start = stop
 
 
-def _cut(ids: list[int], max_length: int, n_closing: int) -> list[int]:
+def _cut(ids: list[int], special: list[int], max_length: int) -> list[int]:
+    """Take tokens out of a long row's end, but for the special ones that close it."""
     if len(ids) <= max_length:
         return ids
+    n_closing = next((i for i, is_special in enumerate(reversed(special)) if not is_special), 0)
     return ids[: max_length - n_closing] + ids[len(ids) - n_closing :]
-
-
-def _count_closing_tokens(tokenizer: Any) -> int:
-    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    return next((i for i, is_special in enumerate(reversed(special)) if not is_special), 0)
 
 
 def _first_known(candidates: Iterable[int | None], vocab_size: int) -> int:

@@ -23,7 +23,7 @@ def check_texts(X: Any) -> list[str]:
     TypeError
         If `X` is no sequence, or one of its entries is no str: the message names its position.
     ValueError
-        If `X` is empty or has several columns.
+        If `X` is empty, has several columns, or a text is no valid Unicode.
     """
     wanted = "Wanted: a list, Series or array of str."
     if isinstance(X, (str, bytes)):
@@ -48,7 +48,7 @@ def check_texts(X: Any) -> list[str]:
                 f"Got X[{position}] = {_short(text)} of type {type(text).__name__}. Wanted: str in "
                 "every row. Drop the row, or turn it into text (missing texts: fillna(''))."
             )
-    return [str(text) for text in values]
+    return [_well_formed(text, position) for position, text in enumerate(values)]
 
 
 def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +72,8 @@ def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if y is None:
         raise ValueError("QLoRAClassifier requires y to be passed, but the target y is None.")
-    labels = np.asarray(y)
+    # NumPy would turn ["a", nan] and ["a", 1] into text: look at a list's own entries first.
+    labels = np.array(y, dtype=object) if isinstance(y, (list, tuple)) else np.asarray(y)
     if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] > 1):
         raise ValueError(f"Got y of shape {labels.shape}. Wanted: one label for each text.")
     labels = column_or_1d(labels, warn=True)
@@ -87,14 +88,16 @@ def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
                 f"Got y[{position}] = {label}, a missing label. Wanted: a label in every row. Drop "
                 "the rows without one."
             )
-    try:
-        check_classification_targets(labels)
-        classes, targets = np.unique(labels, return_inverse=True)
-    except TypeError as error:
+    if len({isinstance(label, str) for label in labels}) > 1:
         types = sorted({type(label).__name__ for label in labels})
         raise ValueError(
-            f"Got labels of the types {', '.join(types)} in y. Wanted: one, e.g. y.astype(str)."
-        ) from error
+            f"Got labels of the types {', '.join(types)} in y. Wanted: one type, e.g. "
+            "[str(label) for label in y]."
+        )
+    if isinstance(y, (list, tuple)):
+        labels = np.asarray(y)
+    check_classification_targets(labels)
+    classes, targets = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
             f"Got a y with only one class, {classes[0]!r}. Wanted: at least two classes."
@@ -102,9 +105,23 @@ def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
     return classes, targets
 
 
+def _well_formed(text: str, position: int) -> str:
+    """Return a plain str, refusing half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Got X[{position}] = {_short(text)}, which is no valid Unicode. Wanted: text, e.g. "
+            "text.encode('utf-8', 'replace').decode('utf-8')."
+        ) from error
+    return str(text)
+
+
 def _is_missing(label: Any) -> bool:
-    if label is None or type(label).__name__ in ("NAType", "NaTType"):
+    if label is None or type(label).__name__ in ("NAType", "NaTType"):  # pandas' own
         return True
+    if isinstance(label, np.datetime64):
+        return bool(np.isnat(label))
     return isinstance(label, (float, np.floating)) and bool(np.isnan(label))
 
 

@@ -4,6 +4,7 @@ Knows nothing of texts or of how it is trained.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,15 +53,12 @@ class RowClock:
         Rows of the effective batch, over all its micro-batches.
     first_row, n_rows : int
         The ones that this micro-batch holds.
-    n_tokens : int
-        Columns of this micro-batch.
     """
 
     step: int = 0
     batch_rows: int = 0
     first_row: int = 0
     n_rows: int = 0
-    n_tokens: int = 0
 
 
 class RowDropout(nn.Module):
@@ -75,17 +73,20 @@ class RowDropout(nn.Module):
     p : float
         Share of the features that is dropped.
     seed, layer : int
+    row_axis : int
+        Axis of the input along which the rows lie; it may hold several tokens of each row in turn.
     clock : RowClock
         Shared by all layers of a model.
     """
 
-    def __init__(self, p: float, seed: int, layer: int, clock: RowClock):
+    def __init__(self, p: float, seed: int, layer: int, row_axis: int, clock: RowClock):
         super().__init__()
-        self.p, self.seed, self.layer, self.clock = p, seed, layer, clock
+        self.p, self.seed, self.layer = p, seed, layer
+        self.row_axis, self.clock = row_axis, clock
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drop features of `x`, of shape (n_rows, n_tokens, n_features) or flattened to 2-D."""
-        if not self.training or not self._is_by_row(x):
+        """Drop features, the last axis, of the activations of a micro-batch."""
+        if not self.training:
             return x
         clock = self.clock
         words = np.random.SeedSequence([self.seed, clock.step, self.layer]).generate_state(2)
@@ -93,16 +94,11 @@ class RowDropout(nn.Module):
         keep = torch.empty(clock.batch_rows, x.shape[-1], device=x.device)
         keep.bernoulli_(1 - self.p, generator=generator)
         keep = keep[clock.first_row : clock.first_row + clock.n_rows]
-        scale = (keep / (1 - self.p)).to(x.dtype)[:, None]  # (n_rows, 1, n_features)
-        return (x.reshape(clock.n_rows, -1, x.shape[-1]) * scale).reshape(x.shape)
-
-    def _is_by_row(self, x: torch.Tensor) -> bool:
-        """Tell activations of the batch from what all rows share, as DeBERTa's relative positions.
-
-        Shapes of the former: (rows, tokens, features), (rows, features), (rows * tokens, features).
-        """
-        n_rows, n_tokens = self.clock.n_rows, self.clock.n_tokens
-        return x.shape[:-1] in ((n_rows, n_tokens), (n_rows,), (n_rows * n_tokens,))
+        # (n_rows, n_features), once for each token where rows and tokens share the axis
+        scale = (keep / (1 - self.p)).repeat_interleave(x.shape[self.row_axis] // clock.n_rows, 0)
+        shape = [1] * x.ndim
+        shape[self.row_axis], shape[-1] = scale.shape
+        return x * scale.to(x.dtype).view(shape)
 
 
 class TextClassifierModel(nn.Module):
@@ -166,9 +162,9 @@ class TextClassifierModel(nn.Module):
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
         super().train(False)
         self.training = mode
-        for module in self.modules():
-            if isinstance(module, RowDropout):
-                module.training = mode
+        for layer in lora_layers(self.encoder):
+            layer.training = mode  # DoRA asks the layer, not its dropout
+            layer.lora_dropout.train(mode)
         return self
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
@@ -216,8 +212,30 @@ class TextClassifierModel(nn.Module):
         return model
 
     def _drop_out_by_row(self, p: float, seed: int) -> None:
-        for number, layer in enumerate(lora_layers(self.encoder)):
-            layer.lora_dropout[ADAPTER] = RowDropout(p, seed, number, self.clock)
+        for number, (layer, row_axes) in enumerate(self._row_axes().items()):
+            # DeBERTa's queries and keys also serve relative positions, which all rows share and
+            # no row's dropout may touch: such layers have none.
+            row_axis = row_axes.pop() if len(row_axes) == 1 else None
+            if row_axis is not None:
+                layer.lora_dropout[ADAPTER] = RowDropout(p, seed, number, row_axis, self.clock)
+
+    @torch.no_grad()
+    def _row_axes(self) -> dict[Any, set[int | None]]:
+        """Find the axis of the rows in the inputs of each adapted layer: run three rows of five."""
+        n_rows, n_tokens = 3, 5
+        axes: dict[Any, set[int | None]] = {layer: set() for layer in lora_layers(self.encoder)}
+
+        def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            sizes = inputs[0].shape[:-1]
+            rows = [i for i, size in enumerate(sizes) if size in (n_rows, n_rows * n_tokens)]
+            axes[layer].add(rows[0] if rows else None)
+
+        hooks = [layer.register_forward_pre_hook(record) for layer in axes]
+        ids = torch.full((n_rows, n_tokens), 5, device=self.backbone.spec.device)
+        self.eval()(ids, torch.ones_like(ids))
+        for hook in hooks:
+            hook.remove()
+        return axes
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -66,7 +66,7 @@ class PagedPool:
         self._lock = threading.Lock()
 
     def take(self, n_bytes: int, device: torch.device) -> torch.Tensor:
-        """Return a zeroed flat uint8 buffer of at least `n_bytes` in managed memory."""
+        """Return a flat uint8 buffer in managed memory whose first `n_bytes` are zero."""
         with self._lock:
             free = self._free.setdefault(device, [])
             fitting = [i for i, buffer in enumerate(free) if buffer.numel() >= n_bytes]
@@ -74,13 +74,20 @@ class PagedPool:
             buffer = None if best is None else free.pop(best)
         if buffer is None:
             buffer = bnb.functional.get_paged(n_bytes, dtype=torch.uint8, device=device)
-        bnb.functional.fill(buffer, 0)
+        used = _as_paged(buffer[:n_bytes], device)
+        bnb.functional.fill(used, 0)
         return buffer
 
     def give_back(self, buffer: torch.Tensor, device: torch.device) -> None:
         """Keep a buffer for a later `take`."""
         with self._lock:
             self._free.setdefault(device, []).append(buffer)
+
+
+def _as_paged(view: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Mark a view of managed memory as bitsandbytes marks the whole: marks are not inherited."""
+    view.is_paged, view.page_deviceid = True, device.index  # type: ignore[attr-defined]
+    return view
 
 
 paged_pool = PagedPool()
@@ -90,13 +97,11 @@ class _PooledStates:
     """Mixed into bitsandbytes' paged optimizers: states come from `paged_pool` and return to it."""
 
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if p.device.type != "cuda" or p.numel() < PAGED_MIN_ELEMENTS:
+        if p.device.type == "cpu" or p.numel() < PAGED_MIN_ELEMENTS:
             return torch.zeros_like(p, dtype=dtype)
         buffer = paged_pool.take(p.numel() * dtype.itemsize, p.device)
         self.__dict__.setdefault("_taken", []).append((buffer, p.device))
-        state = buffer[: p.numel() * dtype.itemsize].view(dtype).view(p.shape)
-        state.is_paged, state.page_deviceid = True, p.device.index  # type: ignore[attr-defined]
-        return state
+        return _as_paged(buffer[: p.numel() * dtype.itemsize].view(dtype).view(p.shape), p.device)
 
     def release(self) -> None:
         """Give the paged states back. The optimizer must not step again."""

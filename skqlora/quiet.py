@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,9 @@ def muted(enabled: bool = True) -> Iterator[None]:
         return
     from transformers.utils import logging as transformers_logging  # loads torch
 
-    with _lock, _restored():
+    # HF_HUB_DISABLE_PROGRESS_BARS settles the Hub's bars, which then warns at each attempt.
+    with _lock, warnings.catch_warnings(), _restored():
+        warnings.filterwarnings("ignore", message="Cannot (dis|en)able progress bars")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -33,10 +36,16 @@ def muted(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
     from transformers.utils import logging as transformers_logging
 
     bitsandbytes_logger = logging.getLogger("bitsandbytes")
     level = bitsandbytes_logger.level
+    hub_bars = not are_progress_bars_disabled()
     verbosity = transformers_logging.get_verbosity()
     progress_bar = transformers_logging.is_progress_bar_enabled()
     try:
@@ -46,3 +55,7 @@ def _restored() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if progress_bar:
             transformers_logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+        else:
+            disable_progress_bars()

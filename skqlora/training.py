@@ -111,8 +111,9 @@ def train(
                 bar.update()
             loss_curve.append(epoch_loss.item() / len(tokens))  # the only wait for the device
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss_curve[-1]:.3f}")
-            _refuse_divergence(loss_curve)
+            _refuse_divergence(loss_curve[-1], epoch)
         model.eval()
+        _refuse_divergence(updater.loss(tokens, targets, rows), epoch)  # after the last update
     return loss_curve
 
 
@@ -180,6 +181,11 @@ class _Updater:
         self.n_updates += 1
         return loss
 
+    @torch.no_grad()
+    def loss(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> float:
+        """Return the loss of the first micro-batch of `rows` with the weights as they are."""
+        return self._loss(tokens, targets, rows[: self.settings.batch_size]).item()
+
     def close(self) -> None:
         release(self.optimizer)
 
@@ -187,7 +193,7 @@ class _Updater:
         """Compute a micro-batch's share of the effective batch's mean cross-entropy."""
         input_ids, mask = (x.to(self.device) for x in tokens.batch(rows))
         clock = self.model.clock
-        clock.n_rows, clock.n_tokens = input_ids.shape
+        clock.n_rows = len(input_ids)
         logits = self.model(input_ids, mask)
         classes = torch.as_tensor(targets[rows], device=self.device)
         return nn.functional.cross_entropy(logits, classes, reduction="sum") / clock.batch_rows
@@ -255,19 +261,24 @@ def _wants_checkpointing(
     blocks = transformer_blocks(model.encoder)
     if device.type == "cpu" or blocks is None:
         return False
-    free, _ = getattr(torch, device.type).mem_get_info(device)
+    memory = getattr(torch, device.type)
+    # What torch has set aside and does not use is free too.
+    unused = memory.memory_reserved(device) - memory.memory_allocated(device)
+    free = memory.mem_get_info(device)[0] + unused
     n_tokens = settings.batch_size * longest
     return 34 * n_tokens * model.backbone.hidden_size * len(blocks) > free / 2
 
 
 def _count_warmup_steps(warmup_steps: float, n_steps: int) -> int:
-    return int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * n_steps)
+    """Resolve a share. The first update of a warm-up has rate 0, so one of several must be left."""
+    n_warmup = int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * n_steps)
+    return min(n_warmup, n_steps - 1)
 
 
-def _refuse_divergence(loss_curve: list[float]) -> None:
-    if not math.isfinite(loss_curve[-1]):
+def _refuse_divergence(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
         raise FloatingPointError(
-            f"The training loss became {loss_curve[-1]} in epoch {len(loss_curve)}. Wanted: a "
+            f"The training loss became {loss} in epoch {epoch + 1}. Wanted: a "
             "finite number. Lower learning_rate or head_learning_rate, raise warmup_steps, or pass "
             "compute_dtype='float32'."
         )

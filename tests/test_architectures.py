@@ -60,7 +60,21 @@ REFUSED = {
     "mixtral": (SMALL | {"num_local_experts": 4}, r"of its weights in MixtralExperts"),
     "qwen3_moe": (SMALL | {"num_experts": 4}, r"of its weights in Qwen3MoeExperts"),
     "falcon": (SMALL, "of its weights in FalconLinear"),
-    "xlnet": ({"d_model": 64, "n_layer": 2, "n_head": 4}, "in XLNetModel, XLNetRelativeAttention"),
+    "xlnet": (
+        {"d_model": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100},
+        "in XLNetModel, XLNetRelativeAttention",
+    ),
+    "dbrx": (
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "vocab_size": 100,
+            "attn_config": {"kv_n_heads": 4, "rope_theta": 1e4},
+        },
+        "of its weights in DbrxExpertGLU",
+    ),
+    "canine": (SMALL, "does not read text"),
 }
 
 
@@ -70,6 +84,19 @@ def test_family_that_cannot_be_adapted_is_refused_by_name(tmp_path, model_type):
     folder = save_config(tmp_path, model_type, **settings)
     with pytest.raises(ValueError, match=rf"\({model_type}\) .*{message}.* Wanted: a text encoder"):
         check_architecture(folder, None, quantized=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("fnet", "gives a text another result when another text makes it padded"),
+        ("layoutlm", "cannot be run on token ids and a mask alone"),
+    ],
+)
+def test_model_that_runs_wrongly_is_refused_by_name(tmp_path, model_type, message):
+    folder = tiny.save_model(tmp_path, model_type)
+    with pytest.raises(ValueError, match=rf"\({model_type}\) {message}"):
+        make_backbone(folder)
 
 
 def test_quantized_checkpoint_is_refused(tmp_path):

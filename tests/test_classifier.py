@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -155,6 +156,17 @@ def test_failed_fit_leaves_the_old_one(model, corpus, monkeypatch):
     assert clf.classes_.tolist() == ["animal", "colour", "number"]
 
 
+def test_parameters_are_checked_before_a_prediction_too(encoder, corpus):
+    clf = make_classifier(encoder, num_train_epochs=1).fit(*corpus)
+    with pytest.raises(ValueError, match="'quantization' parameter"):
+        clf.set_params(quantization="int8").predict(["text"])
+
+
+def test_model_may_be_a_path(encoder, corpus):
+    clf = make_classifier(Path(encoder), num_train_epochs=1).fit(*corpus)
+    assert clf.predict(corpus[0]).shape == (48,)
+
+
 def test_unfitted_classifier_says_so():
     with pytest.raises(NotFittedError):
         QLoRAClassifier().predict(["text"])
@@ -226,6 +238,7 @@ def test_unknown_parameter_value_is_refused_before_a_model_is_loaded(encoder, na
         ({"compute_dtype": "float16"}, "float16' on a CPU"),
         ({"max_length": 129}, "max_length=129 but .* takes 128 tokens"),
         ({"max_length": 2}, "tokenizer adds 2 special tokens"),
+        ({"target_modules": ["nothing"]}, "target_modules=.* cannot be adapted"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(encoder, params, message):
@@ -272,6 +285,35 @@ def test_every_choice_learns_and_predicts(model, corpus, params):
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(clf)).predict(texts), clf.predict(texts)
     )
+
+
+def test_parameters_arrive_where_they_act(encoder, corpus):
+    lora = {
+        "lora_alpha": 7,
+        "target_modules": ["query", "value"],
+        "use_rslora": True,
+        "use_dora": True,
+        "init_lora_weights": "gaussian",
+    }
+    recipe = {
+        "num_train_epochs": 1,
+        "batch_size": 5,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.25,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.5,
+        "optim": "adamw",
+    }
+    clf = make_classifier(encoder, lora_r=3, max_length=9, **lora, **recipe).fit(*corpus)
+    expected = lora | {"r": 3, "target_modules": ("query", "value")}
+    assert vars(clf.adapter_.lora) == expected
+    assert clf.adapter_.max_length == 9
+    settings = clf._training_settings("bert", 64, seed=0)
+    assert {name: getattr(settings, name) for name in recipe} == recipe
+    assert settings.head_learning_rate == 5 * settings.learning_rate
 
 
 @pytest.mark.parametrize("pooling", ["cls", "pooler", "last", "mean"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+from tokenizers import normalizers
 
 from skqlora.data import TokenizedTexts, prediction_batches, tokenize, training_batches
 
@@ -35,6 +36,14 @@ def test_truncation_settings_of_the_tokenizer_do_not_matter(tmp_path):
     expected = tokenize(tokenizer, texts, 64, 1000).sequences
     for ours, theirs in zip(tokenize(reloaded, texts, 64, 1000).sequences, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_closing_token_is_kept_also_where_short_texts_are_normalized_away(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    strict = type(tokenizer).from_pretrained(tmp_path)
+    strict.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    (cut,) = tokenize(strict, ["the cat is here " * 20], max_length=10, vocab_size=1000).sequences
+    assert (len(cut), cut[-1]) == (10, strict.eos_token_id)
 
 
 @pytest.mark.parametrize("style", ["encoder", "decoder"])

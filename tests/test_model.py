@@ -1,6 +1,7 @@
 """Pooling, row dropout, the head, and adapters on their own."""
 
 import pickle
+from dataclasses import replace
 
 import bitsandbytes as bnb
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from helpers import LORA, make_backbone, random_tokens
 from peft import inject_adapter_in_model
+from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from skqlora.backbone import _peft_config
+from skqlora.backbone import lora_layers, peft_config
 from skqlora.model import RowClock, RowDropout, TextClassifierModel, pool
 from skqlora.training import predict_logits
 
@@ -25,9 +27,9 @@ def test_pooling_ignores_padding():
     assert pool(hidden, mask, "mean").tolist() == [[2, 3], [7, 8]]
 
 
-def drop(x, first_row, n_rows, *, batch_rows=8, step=3, seed=0, layer=0, p=0.5):
-    clock = RowClock(step, batch_rows, first_row, n_rows, n_tokens=5)
-    return RowDropout(p, seed, layer, clock)(x)
+def drop(x, first_row, n_rows, *, row_axis=0, step=3, seed=0, layer=0, p=0.5):
+    clock = RowClock(step, 8, first_row, n_rows)
+    return RowDropout(p, seed, layer, row_axis, clock)(x)
 
 
 def test_row_dropout_draws_one_mask_a_row_whatever_the_micro_batch():
@@ -39,12 +41,30 @@ def test_row_dropout_draws_one_mask_a_row_whatever_the_micro_batch():
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_row_dropout_takes_flattened_rows_and_leaves_what_all_rows_share():
+def test_row_dropout_finds_the_rows_where_a_model_keeps_them():
     whole = drop(torch.ones(8, 5, 100), 0, 8)
     assert torch.equal(drop(torch.ones(40, 100), 0, 8), whole.view(40, 100))
     assert torch.equal(drop(torch.ones(8, 100), 0, 8), whole[:, 0])
-    shared = torch.ones(1, 32, 100)  # DeBERTa's relative positions
-    assert torch.equal(drop(shared, 0, 8), shared)
+    assert torch.equal(drop(torch.ones(5, 8, 100), 0, 8, row_axis=1), whole.transpose(0, 1))
+
+
+def test_only_layers_whose_input_is_the_rows_drop_out(tiny_model):
+    def kinds(model_type):
+        base = make_backbone(tiny_model(model_type))
+        encoder = TextClassifierModel(base, LORA, 3, "auto", lora_dropout=0.1).encoder
+        return {
+            name.rsplit(".", 1)[-1]: type(module.lora_dropout["default"])
+            for name, module in encoder.named_modules()
+            if hasattr(module, "lora_A")
+        }
+
+    assert set(kinds("bert").values()) == {RowDropout}
+    assert set(kinds("opt").values()) == {RowDropout}  # flattens rows and tokens
+    deberta = kinds("deberta-v2")  # multiplies the shared relative positions too
+    assert {name for name, kind in deberta.items() if kind is nn.Identity} == {
+        "query_proj",
+        "key_proj",
+    }
 
 
 @pytest.mark.parametrize("change", [{"step": 4}, {"seed": 1}, {"layer": 1}])
@@ -57,17 +77,23 @@ def test_row_dropout_follows_seed_step_and_layer(change):
 def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
     x = torch.ones(8, 5, 10_000)
     assert drop(x, 0, 8, p=0.2).mean().item() == pytest.approx(1, abs=0.02)
-    dropout = RowDropout(0.5, 0, 0, RowClock(0, 8, 0, 8, 5)).eval()
+    dropout = RowDropout(0.5, 0, 0, 0, RowClock(0, 8, 0, 8)).eval()
     assert dropout(x) is x
 
 
-def test_only_lora_dropout_is_ever_in_training_mode(backbone):
-    model = TextClassifierModel(backbone, LORA, 3, "auto", lora_dropout=0.1).train()
-    training = {type(m) for m in model.modules() if m.training}
-    assert training == {TextClassifierModel, RowDropout}
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_base_is_never_in_training_mode(backbone, use_dora):
+    lora = replace(LORA, use_dora=use_dora)
+    model = TextClassifierModel(backbone, lora, 3, "auto", lora_dropout=0.1).train()
+    own = {"TextClassifierModel", "RowDropout", "ModuleDict", "Linear4bit"}
+    assert {type(m).__name__ for m in model.modules() if m.training} == own
+    assert not any(layer.base_layer.training for layer in lora_layers(model.encoder))
+    assert not any(m.training for m in model.eval().modules())
 
 
-def test_logits_of_a_decoder_equal_those_of_transformers(decoder):
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
+def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type):
+    decoder = tiny_model(model_type)
     ours = TextClassifierModel(make_backbone(decoder), LORA, 3, "auto", seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in ours.lora_parameters().values():
@@ -86,8 +112,8 @@ def test_logits_of_a_decoder_equal_those_of_transformers(decoder):
         dtype=torch.float32,
         device_map={"": "cpu"},
     )
-    inject_adapter_in_model(_peft_config(LORA, fan_in_fan_out=False), theirs.model)
-    theirs.model.load_state_dict(ours.lora_parameters(), strict=False)
+    inject_adapter_in_model(peft_config(LORA, theirs.base_model), theirs.base_model)
+    theirs.base_model.load_state_dict(ours.lora_parameters(), strict=False)
     theirs.score.load_state_dict(ours.head.state_dict())
     theirs.eval()
     for layer in theirs.modules():

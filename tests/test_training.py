@@ -1,19 +1,30 @@
 """The loop: accumulation, checkpointing, precision and schedule change what they should."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from helpers import LORA, make_settings, random_tokens
+from helpers import LORA, make_backbone, make_settings, random_tokens
+from transformers import get_scheduler
 
+from skqlora.data import TokenizedTexts
 from skqlora.model import TextClassifierModel
-from skqlora.training import _count_warmup_steps, scaled_learning_rate, train
+from skqlora.training import (
+    _count_warmup_steps,
+    _Updater,
+    _wants_checkpointing,
+    scaled_learning_rate,
+    train,
+)
 
 TARGETS = np.arange(32) % 3
 
 
-def adapter_after(backbone, *, lora_dropout=0.1, tokens=None, seed=0, **changes):
+def adapter_after(backbone, *, lora=LORA, lora_dropout=0.1, tokens=None, seed=0, **changes):
     """Weights after a short training, as one vector."""
-    model = TextClassifierModel(backbone, LORA, 3, "auto", seed=seed, lora_dropout=lora_dropout)
+    model = TextClassifierModel(backbone, lora, 3, "auto", seed=seed, lora_dropout=lora_dropout)
     train(model, tokens or random_tokens(32), TARGETS, make_settings(**changes, seed=seed))
     state = model.capture(max_length=32)
     values = [*state.lora_tensors.values(), *state.head_tensors.values()]
@@ -27,9 +38,19 @@ def test_cut_into_micro_batches_changes_nothing(backbone):
     assert np.abs(whole).max() > 0.01
 
 
-def test_dropout_changes_the_result(backbone):
-    without = adapter_after(backbone, lora_dropout=0.0)
-    assert np.abs(adapter_after(backbone) - without).max() > 1e-3
+def test_cut_changes_nothing_where_a_row_is_as_long_as_the_shared_positions(tiny_model):
+    deberta = make_backbone(tiny_model("deberta-v2"))  # 2 * position_buckets = 32
+    tokens = TokenizedTexts([np.arange(5, 37)] * 32, pad_id=0)
+    whole = adapter_after(deberta, tokens=tokens, batch_size=8)
+    single = adapter_after(deberta, tokens=tokens, batch_size=1, gradient_accumulation_steps=8)
+    np.testing.assert_allclose(single, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_changes_the_result(backbone, use_dora):
+    lora = replace(LORA, use_dora=use_dora)
+    without = adapter_after(backbone, lora=lora, lora_dropout=0.0)
+    assert np.abs(adapter_after(backbone, lora=lora) - without).max() > 1e-3
 
 
 def test_checkpointing_changes_nothing(backbone):
@@ -62,8 +83,6 @@ def test_checkpointing_leaves_the_clone_as_it_was(backbone):
 
 
 def test_checkpointing_is_refused_where_blocks_share_their_weights(tiny_model):
-    from helpers import make_backbone
-
     with pytest.raises(ValueError, match="AlbertModel has no single stack"):
         adapter_after(make_backbone(tiny_model("albert")), gradient_checkpointing=True)
 
@@ -97,10 +116,73 @@ def test_divergence_is_an_error_with_a_remedy(backbone):
         adapter_after(backbone, learning_rate=1e30, head_learning_rate=1e30, num_train_epochs=3)
 
 
+def test_divergence_in_the_last_update_is_an_error_too(backbone):
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        adapter_after(backbone, learning_rate=1e38, head_learning_rate=1e38, batch_size=32)
+
+
+def test_a_single_update_is_an_update(backbone):
+    model = TextClassifierModel(backbone, LORA, 3, "auto")
+    train(model, random_tokens(32), TARGETS, make_settings(batch_size=32, warmup_steps=0.1))
+    b = [p for name, p in model.lora_parameters().items() if "lora_B" in name]
+    assert all(p.abs().max() > 0 for p in b)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+def test_rates_follow_the_schedule_of_transformers(backbone, name):
+    settings = make_settings(lr_scheduler_type=name, warmup_steps=0.25)
+    updater = _Updater(TextClassifierModel(backbone, LORA, 3, "auto"), settings, n_steps=8)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=8)
+    tokens, rows = random_tokens(32), np.arange(16)
+    for _ in range(8):
+        lora, head = (group["lr"] for group in updater.optimizer.param_groups)
+        assert lora == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert head == pytest.approx(5 * lora)
+        updater.step(tokens, TARGETS, rows)
+        optimizer.step()
+        schedule.step()
+
+
+def test_gradient_is_clipped_over_both_segments(backbone):
+    def norm(max_grad_norm):
+        model = TextClassifierModel(backbone, LORA, 3, "auto")
+        updater = _Updater(model, make_settings(max_grad_norm=max_grad_norm), n_steps=1)
+        updater.step(random_tokens(32), TARGETS, np.arange(16))
+        return torch.cat([segment.leaf.grad for segment in updater.segments]).norm().item()
+
+    assert norm(None) > 0.1
+    assert norm(1e-3) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_weight_decay_shrinks_the_weights(backbone):
+    decayed = adapter_after(backbone, weight_decay=10.0)
+    assert np.linalg.norm(decayed) < 0.99 * np.linalg.norm(adapter_after(backbone))
+
+
+def test_auto_checkpointing_asks_for_the_free_memory(decoder, monkeypatch):
+    spec = SimpleNamespace(device=torch.device("cuda", 0))
+    backbone = make_backbone(decoder)
+    model = SimpleNamespace(
+        backbone=SimpleNamespace(spec=spec, hidden_size=64), encoder=backbone.module
+    )
+    needed = 34 * 16 * 100 * 64 * 2  # bytes x rows x tokens x features x layers
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    for free, expected in [(2 * needed - 2000, True), (2 * needed, False)]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+        settings = make_settings(gradient_checkpointing="auto")
+        assert _wants_checkpointing(model, settings, longest=100) is expected
+    assert not _wants_checkpointing(
+        SimpleNamespace(backbone=backbone, encoder=backbone.module), settings, longest=100
+    )
+
+
 def test_warmup_is_a_number_or_a_share_of_the_steps():
     assert _count_warmup_steps(0, 50) == 0
     assert _count_warmup_steps(0.1, 55) == 6
     assert _count_warmup_steps(7, 50) == 7
+    assert _count_warmup_steps(0.1, 1) == 0
 
 
 def test_learning_rate_by_width():

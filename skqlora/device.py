@@ -1,0 +1,69 @@
+"""Where a model computes and in what precision, told from what the machine has."""
+
+import torch
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto" or a torch device name into a device that QLoRA can train on.
+
+    Raises
+    ------
+    ValueError
+        If the device is not there, or bitsandbytes cannot train on it.
+    """
+    if device == "auto":
+        device = next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Got device={device!r}, which is no torch device. Wanted: 'auto', 'cpu', 'cuda', "
+            "'cuda:1', 'xpu' ..."
+        ) from error
+    if resolved.type not in ("cpu", "cuda", "xpu"):
+        raise ValueError(
+            f"Got device={device!r}, but bitsandbytes cannot train a 4-bit model on "
+            f"{resolved.type!r} devices. Pass device='cpu', or 'cuda' or 'xpu' where there is one."
+        )
+    if not _is_available(resolved.type, resolved.index or 0):
+        raise ValueError(
+            f"Got device={device!r}, but torch sees no such device here. Pass device='auto' to "
+            "take what there is, or install a torch built for it."
+        )
+    if resolved.type != "cpu" and resolved.index is None:
+        resolved = torch.device(resolved.type, getattr(torch, resolved.type).current_device())
+    return resolved
+
+
+def _is_available(kind: str, index: int = 0) -> bool:
+    return kind == "cpu" or index < getattr(torch, kind).device_count()
+
+
+def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """Turn "auto" or a name into the dtype of the products with the base's weights.
+
+    "auto" is bfloat16 where the hardware multiplies it, else float16 on a GPU and float32 on a CPU.
+
+    Raises
+    ------
+    ValueError
+        For float16 on a CPU.
+    """
+    if compute_dtype == "float16" and device.type == "cpu":
+        raise ValueError(
+            "Got compute_dtype='float16' on a CPU, where it trains neither fast nor stably. Pass "
+            "'auto', 'bfloat16' or 'float32'."
+        )
+    if compute_dtype != "auto":
+        return getattr(torch, compute_dtype)
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.float16
+    return torch.bfloat16
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
