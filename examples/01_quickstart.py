@@ -38,7 +38,7 @@ from skqlora import QLoRAClassifier
 # %%
 # The texts
 # ---------
-# An area is what a module is about. A text is the description at the head of a docstring.
+# An area is what a module is about. A text is the first dozen words of a docstring.
 
 AREAS = {
     "clustering": ["sklearn.cluster", "scipy.cluster.hierarchy", "scipy.cluster.vq"],
@@ -54,8 +54,8 @@ AREAS = {
     "special functions": ["scipy.special"],
     "statistics": ["scipy.stats"],
 }
-FUNCTIONS_OF_AN_AREA = 80
-WORDS_OF_A_TEXT = 40
+FUNCTIONS_OF_AN_AREA = 120
+WORDS_OF_A_TEXT = 12
 
 
 def load_docstrings():
@@ -83,7 +83,9 @@ def describe(name, docstring):
     """Keep the prose above the first section, without code and without names."""
     prose = re.split(r"\n\w[\w ]*\n-{3,}", docstring)[0]
     prose = re.sub(r"^(\w+\(.*\)\n+)+", "", prose)  # signatures in the first lines
-    prose = re.sub(r":\w+:`.*?`|`+.*?`+|\S*[_./\\]\w\S*|>>>.*", " ", prose, flags=re.DOTALL)
+    prose = re.sub(
+        r":\w+:`.*?`|\.\. [\w-]+::|`+.*?`+|\S*[_./\\]\w\S*|>>>.*", " ", prose, flags=re.DOTALL
+    )
     prose = re.sub(rf"\b{re.escape(name)}\b", " ", prose, flags=re.IGNORECASE)
     return " ".join(prose.split()[:WORDS_OF_A_TEXT])
 
@@ -137,7 +139,9 @@ class FrozenEmbeddings(TransformerMixin, BaseEstimator):
         """Return one vector a text."""
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()

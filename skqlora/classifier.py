@@ -97,7 +97,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         Of the adapter's and head's first values, the order of the texts and dropout. The global
         random states are neither used nor changed, but that None draws a seed from NumPy's.
     verbose : int, default=0
-        1 shows a progress bar, and what the libraries print when they load a model.
+        1 shows progress bars: of the fit, and of downloading and loading a model.
 
     Attributes
     ----------
@@ -260,7 +260,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         texts = check_texts(X)
         classes, targets = check_labels(y, n_texts=len(texts))
 
-        with muted(not self.verbose):
+        with muted(progress_bars=bool(self.verbose)):
             from skqlora.architecture import check_architecture
             from skqlora.backbone import load_backbone, refuse_missing_targets
             from skqlora.data import load_tokenizer, tokenize
@@ -276,7 +276,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         max_length = self._choose_max_length(architecture.max_positions, tokenizer)
         tokens = tokenize(tokenizer, texts, max_length, architecture.vocab_size)
 
-        with muted(not self.verbose):
+        with muted(progress_bars=bool(self.verbose)):
             backbone = load_backbone(spec)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         model = TextClassifierModel(
@@ -363,7 +363,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         self._validate_params()
         texts = check_texts(X)
 
-        with muted(not self.verbose):
+        with muted(progress_bars=bool(self.verbose)):
             from skqlora.backbone import load_backbone
             from skqlora.data import load_tokenizer, tokenize
             from skqlora.model import TextClassifierModel

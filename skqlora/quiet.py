@@ -10,19 +10,16 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def muted(enabled: bool = True) -> Iterator[None]:
+def muted(*, progress_bars: bool = False) -> Iterator[None]:
     """Silence transformers' and bitsandbytes' notices and progress bars, then restore them.
 
     Both speak through process-wide settings, so only one thread at a time is let in.
 
     Parameters
     ----------
-    enabled : bool, default=True
-        False lets everything through.
+    progress_bars : bool, default=False
+        True lets these through: a download can take minutes.
     """
-    if not enabled:
-        yield
-        return
     from transformers.utils import logging as transformers_logging  # loads torch
 
     # HF_HUB_DISABLE_PROGRESS_BARS settles the Hub's bars, which then warns at each attempt.
@@ -30,7 +27,8 @@ def muted(enabled: bool = True) -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Cannot (dis|en)able progress bars")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        if not progress_bars:
+            transformers_logging.disable_progress_bar()
         yield
 
 
