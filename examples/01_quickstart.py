@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import inspect
 import re
+import textwrap
 import time
 from pathlib import Path
 
@@ -163,11 +164,11 @@ class FrozenEmbeddings(TransformerMixin, BaseEstimator):
 
 def compare(classifiers, train, test):
     """Fit each classifier and print its accuracy and time."""
-    print(f"\n{'':38}accuracy   fit and predict")
+    print(f"\n{'':40}accuracy   fit and predict")
     for name, classifier in classifiers.items():
         start = time.perf_counter()
         accuracy = classifier.fit(*train).score(*test)
-        print(f"{name:38}{accuracy:8.3f}   {time.perf_counter() - start:6.1f} s", flush=True)
+        print(f"{name:40}{accuracy:8.3f}   {time.perf_counter() - start:6.1f} s", flush=True)
 
 
 # %%
@@ -217,7 +218,7 @@ def main():
     for text, truth, row in zip(test[0], test[1], probabilities, strict=False):
         best = np.argsort(row)[::-1][:2]
         guesses = ", ".join(f"{clf.classes_[i]} {row[i]:.2f}" for i in best)
-        print(f"{text[:70]}...\n    {guesses} (true: {truth})")
+        print(f"{textwrap.shorten(text, 70)}\n    {guesses} (true: {truth})")
 
     import matplotlib
 
@@ -225,6 +226,7 @@ def main():
     display = ConfusionMatrixDisplay.from_predictions(
         test[1], clf.predict(test[0]), xticks_rotation="vertical", cmap="Blues", colorbar=False
     )
+    display.ax_.set_title(f"QLoRAClassifier, {len(test[0])} test texts")
     display.figure_.set_size_inches(8, 8)
     display.figure_.savefig(options.output, dpi=100, bbox_inches="tight")
     print(f"\nThe confusion matrix is in {Path(options.output).resolve()}")

@@ -59,7 +59,7 @@ def check_architecture(model: str, revision: str | None, *, quantized: bool) -> 
         or an already quantized checkpoint; and for one that would stay unquantized in part, as a
         mixture of experts.
     """
-    config = _read_config(model, revision)
+    config = read_config(model, revision)
 
     def refusal(what: str, remedy: str) -> ValueError:
         return ValueError(
@@ -95,10 +95,16 @@ def check_architecture(model: str, revision: str | None, *, quantized: bool) -> 
     )
 
 
-def _read_config(model: str, revision: str | None) -> PretrainedConfig:
+def read_config(model: str, revision: str | None) -> PretrainedConfig:
+    """Read a model's configuration, or say by ValueError why that is not possible."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ValueError(
             f"model={model!r} is a folder without a config.json. Wanted: a folder that "
+            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
+        )
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(
+            f"model={model!r} is a folder that does not exist. Wanted: a folder that "
             "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
         )
     try:
@@ -106,8 +112,9 @@ def _read_config(model: str, revision: str | None) -> PretrainedConfig:
     except Exception as error:  # hub, network, JSON and registry errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model={model!r} could not be read: {reason} Wanted: a local folder, or a model id of "
-            "the Hugging Face Hub that transformers knows without running code from its repository."
+            f"model={model!r} could not be read: {reason} Wanted: a local folder, or a model id "
+            "of the Hugging Face Hub ('organisation/name') that transformers knows without running "
+            "code from its repository."
         ) from error
 
 

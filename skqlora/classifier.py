@@ -11,11 +11,12 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.extmath import softmax
 from sklearn.utils.validation import check_is_fitted
 
+from skqlora.adapter import LoraSettings
 from skqlora.inputs import check_labels, check_texts
 from skqlora.quiet import muted
 
 if TYPE_CHECKING:  # torch and transformers load at first use
-    from skqlora.backbone import BackboneSpec, LoraSettings
+    from skqlora.backbone import BackboneSpec
     from skqlora.training import TrainingSettings
 
 AUTO_MAX_LENGTH = 512  # tokens
@@ -364,12 +365,14 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         texts = check_texts(X)
 
         with muted(progress_bars=bool(self.verbose)):
+            from skqlora.architecture import read_config
             from skqlora.backbone import load_backbone
             from skqlora.data import load_tokenizer, tokenize
             from skqlora.model import TextClassifierModel
             from skqlora.training import predict_logits
 
             spec = self._backbone_spec()
+            read_config(spec.model, spec.revision)  # a moved base is refused with the remedy
             backbone = load_backbone(spec)
             tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
         model = TextClassifierModel.restore(backbone, self.adapter_)
@@ -391,9 +394,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             files=describe_files(os.fspath(self.model)),
         )
 
-    def _lora_settings(self) -> "LoraSettings":
-        from skqlora.backbone import LoraSettings
-
+    def _lora_settings(self) -> LoraSettings:
         targets = self.target_modules
         return LoraSettings(
             r=self.lora_r,

@@ -100,7 +100,7 @@ def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
     classes, targets = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"Got a y with only one class, {classes[0]!r}. Wanted: at least two classes."
+            f"Got a y with only one class, {classes.tolist()[0]!r}. Wanted: at least two classes."
         )
     return classes, targets
 

@@ -10,35 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from skqlora.backbone import ADAPTER, Backbone, LoraSettings, lora_layers
+from skqlora.adapter import AdapterState, LoraSettings
+from skqlora.backbone import ADAPTER, Backbone, lora_layers
 
 HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """What a fit leaves behind: everything that is not in the base.
-
-    Attributes
-    ----------
-    lora : LoraSettings
-    pooling : {"last", "mean", "cls", "pooler"}
-    max_length : int
-        Greatest number of tokens of a text.
-    fingerprint : str
-        Of the base that the adapter was trained on.
-    lora_tensors : dict of str to ndarray
-        float32, by parameter name in the base.
-    head_tensors : dict of str to ndarray
-        float32; "weight" of shape (n_classes, hidden_size) and, but for "last", "bias".
-    """
-
-    lora: LoraSettings
-    pooling: str
-    max_length: int
-    fingerprint: str
-    lora_tensors: dict[str, np.ndarray]
-    head_tensors: dict[str, np.ndarray]
 
 
 @dataclass

@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LOGGERS = ("bitsandbytes", "huggingface_hub")  # beside transformers', which has a switch
+
 _lock = threading.RLock()
 
 
 @contextmanager
 def muted(*, progress_bars: bool = False) -> Iterator[None]:
-    """Silence transformers' and bitsandbytes' notices and progress bars, then restore them.
+    """Silence the notices and progress bars of the libraries, then restore them.
 
-    Both speak through process-wide settings, so only one thread at a time is let in.
+    They speak through process-wide settings, so only one thread at a time is let in.
 
     Parameters
     ----------
@@ -25,7 +27,8 @@ def muted(*, progress_bars: bool = False) -> Iterator[None]:
     # HF_HUB_DISABLE_PROGRESS_BARS settles the Hub's bars, which then warns at each attempt.
     with _lock, warnings.catch_warnings(), _restored():
         warnings.filterwarnings("ignore", message="Cannot (dis|en)able progress bars")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         if not progress_bars:
             transformers_logging.disable_progress_bar()
@@ -41,15 +44,15 @@ def _restored() -> Iterator[None]:
     )
     from transformers.utils import logging as transformers_logging
 
-    bitsandbytes_logger = logging.getLogger("bitsandbytes")
-    level = bitsandbytes_logger.level
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
     hub_bars = not are_progress_bars_disabled()
     verbosity = transformers_logging.get_verbosity()
     progress_bar = transformers_logging.is_progress_bar_enabled()
     try:
         yield
     finally:
-        bitsandbytes_logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if progress_bar:
             transformers_logging.enable_progress_bar()

@@ -5,7 +5,8 @@ import hashlib
 import torch
 
 from skqlora import QLoRAClassifier
-from skqlora.backbone import BackboneSpec, LoraSettings, load_backbone
+from skqlora.adapter import LoraSettings
+from skqlora.backbone import BackboneSpec, load_backbone
 from skqlora.data import TokenizedTexts
 from skqlora.training import TrainingSettings
 

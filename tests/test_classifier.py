@@ -162,6 +162,14 @@ def test_parameters_are_checked_before_a_prediction_too(encoder, corpus):
         clf.set_params(quantization="int8").predict(["text"])
 
 
+def test_moved_base_is_told_by_name_and_found_again(encoder, corpus):
+    clf = make_classifier(encoder, num_train_epochs=1).fit(*corpus)
+    expected = clf.predict_proba(corpus[0])
+    with pytest.raises(ValueError, match="model='/gone/away' is a folder that does not exist"):
+        clf.set_params(model="/gone/away").predict(corpus[0])
+    np.testing.assert_array_equal(clf.set_params(model=encoder).predict_proba(corpus[0]), expected)
+
+
 def test_model_may_be_a_path(encoder, corpus):
     clf = make_classifier(Path(encoder), num_train_epochs=1).fit(*corpus)
     assert clf.predict(corpus[0]).shape == (48,)
@@ -233,7 +241,8 @@ def test_unknown_parameter_value_is_refused_before_a_model_is_loaded(encoder, na
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"model": "no/such/folder"}, "could not be read"),
+        ({"model": "no/such/folder"}, "is a folder that does not exist"),
+        ({"model": "no-such-model"}, "could not be read.*organisation/name"),
         ({"device": "mps"}, "bitsandbytes cannot train"),
         ({"compute_dtype": "float16"}, "float16' on a CPU"),
         ({"max_length": 129}, "max_length=129 but .* takes 128 tokens"),

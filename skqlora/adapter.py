@@ -1,0 +1,95 @@
+"""What a fitted classifier keeps: plain data, so that unpickling one does not even load torch."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter's shape and start depend on, in PEFT's names."""
+
+    r: int
+    lora_alpha: float  # an int by PEFT's annotation, but it only divides
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What a fit leaves behind: everything that is not in the base.
+
+    Attributes
+    ----------
+    lora : LoraSettings
+    pooling : {"last", "mean", "cls", "pooler"}
+    max_length : int
+        Greatest number of tokens of a text.
+    fingerprint : str
+        Of the base that the adapter was trained on.
+    lora_tensors : dict of str to ndarray
+        float32, by parameter name in the base.
+    head_tensors : dict of str to ndarray
+        float32; "weight" of shape (n_classes, hidden_size) and, but for "last", "bias".
+    """
+
+    lora: LoraSettings
+    pooling: str
+    max_length: int
+    fingerprint: str
+    lora_tensors: dict[str, np.ndarray]
+    head_tensors: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Size of a base in memory and of what is trained on it.
+
+    Attributes
+    ----------
+    quantized_parameters, quantized_bytes : int
+        Of the 4-bit layers, quantization constants included.
+    other_parameters, other_bytes : int
+        Of what is not quantized: embeddings and norms, or everything.
+    trainable_parameters : int
+        Of the adapter and the head, which are float32.
+    """
+
+    quantized_parameters: int
+    quantized_bytes: int
+    other_parameters: int
+    other_bytes: int
+    trainable_parameters: int
+
+    @property
+    def bits_per_quantized_parameter(self) -> float:
+        """Bits of a quantized parameter, or NaN if there is none.
+
+        QLoRA (arXiv 2305.14314, section 3) derives 4.127 for NF4 with double quantization.
+        """
+        return 8 * self.quantized_bytes / (self.quantized_parameters or math.nan)
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained parameters over those of the base."""
+        return self.trainable_parameters / (self.quantized_parameters + self.other_parameters)
+
+    def __str__(self) -> str:
+        def line(name: str, parameters: int, n_bytes: int, remark: str) -> str:
+            millions, megabytes = parameters / 1e6, n_bytes / 1e6
+            return f"{name:13}{millions:9.2f} M parameters {megabytes:9.2f} MB  ({remark})"
+
+        bits = (
+            f"{self.bits_per_quantized_parameter:.3f} bits each; "
+            f"{2 * self.quantized_parameters / 1e6:.2f} MB in 16"
+        )
+        share = f"{self.trainable_share:.2%} of the model"
+        rows = [
+            ("4-bit layers", self.quantized_parameters, self.quantized_bytes, bits),
+            ("not quantized", self.other_parameters, self.other_bytes, "embeddings, norms ..."),
+            ("trained", self.trainable_parameters, 4 * self.trainable_parameters, share),
+        ]
+        return "\n".join(line(*row) for row in rows if row[1])
