@@ -330,11 +330,13 @@ def refuse_missing_targets(lora: LoraSettings, skeleton: nn.Module) -> None:
     ValueError
         If `target_modules` fits no layer, or one that cannot have an adapter.
     """
+    targets = lora.target_modules
     try:
+        if not all(isinstance(target, str) for target in targets):
+            raise TypeError("a name that is no str.")
         config = peft_config(lora, skeleton)
         inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
-    except Exception as error:  # PEFT's ValueError, re.error, TypeError ... of a user's list
-        targets = lora.target_modules
+    except Exception as error:  # PEFT's ValueError, re.error ... of a user's choice
         raise ValueError(
             f"Got target_modules={targets!r}, which cannot be adapted: {error} Wanted: "
             "'all-linear', or names of linear layers of this model."
