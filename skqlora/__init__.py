@@ -1,7 +1,8 @@
 """Fine-tune a 4-bit language model for text classification behind one scikit-learn estimator."""
 
+from skqlora.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.classifier import QLoRAClassifier
 
-__all__ = ["QLoRAClassifier"]
+__all__ = ["QLoRAClassifier", "backbone_cache_info", "clear_backbone_cache"]
 
 __version__ = "0.1.0.dev0"

@@ -17,10 +17,17 @@ class LoraSettings:
     use_dora: bool
     init_lora_weights: bool | str
 
+    @property
+    def scaling(self) -> float:
+        """Factor of LoRA's output: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
 
 @dataclass(frozen=True)
 class AdapterState:
     """What a fit leaves behind: everything that is not in the base.
+
+    Its arrays are read-only: a base may still hold a copy of them.
 
     Attributes
     ----------
@@ -42,6 +49,14 @@ class AdapterState:
     fingerprint: str
     lora_tensors: dict[str, np.ndarray]
     head_tensors: dict[str, np.ndarray]
+
+    def __post_init__(self):
+        for array in (*self.lora_tensors.values(), *self.head_tensors.values()):
+            array.setflags(write=False)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.__post_init__()  # a pickle forgets the flags
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which models can be adapted, told from their configuration before any weight is read."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Architecture:
     vocab_size : int
         Number of tokens that the model has an embedding of.
     skeleton : transformers.PreTrainedModel
-        The model on the meta device: every shape and no weight.
+        The model on the meta device: every shape and no weight. Never changed.
     """
 
     model_type: str
@@ -36,8 +37,18 @@ class Architecture:
     skeleton: PreTrainedModel
 
 
-def check_architecture(model: str, revision: str | None, *, quantized: bool) -> Architecture:
+@functools.lru_cache(maxsize=8)
+def check_architecture(
+    model: str,
+    revision: str | None,
+    *,
+    quantized: bool,
+    attn_implementation: str | None = None,
+    files: tuple = (),
+) -> Architecture:
     """Read a model's configuration and refuse, by name, what this package cannot adapt.
+
+    Done once a process for each model that is not refused.
 
     Parameters
     ----------
@@ -47,6 +58,10 @@ def check_architecture(model: str, revision: str | None, *, quantized: bool) -> 
         Branch, tag or commit on the Hub.
     quantized : bool
         Whether the base is to be quantized.
+    attn_implementation : str, optional
+        transformers' name of the attention kernel.
+    files : tuple, default=()
+        Of a local folder, so that a changed folder is read again.
 
     Returns
     -------
@@ -75,7 +90,9 @@ def check_architecture(model: str, revision: str | None, *, quantized: bool) -> 
         raise refusal("is already quantized", "Take its 16-bit checkpoint; `fit` quantizes it.")
     try:
         with torch.device("meta"):  # every shape and no weight
-            skeleton = AutoModel.from_config(config, trust_remote_code=False)
+            skeleton = AutoModel.from_config(
+                config, attn_implementation=attn_implementation, trust_remote_code=False
+            )
     except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise refusal(f"cannot be built by transformers: {error}", "Take another one.") from error
     if not _reads_text(skeleton):

@@ -1,13 +1,10 @@
-"""The frozen 4-bit base: what may be one, how it loads, and the clones it lends to adapters.
+"""The frozen 4-bit base: how it loads, what is found out about it, how it lends clones.
 
 Knows nothing of texts, labels or training. A base is only ever read: an adapter goes onto a clone
 of its module tree, which shares every tensor with it.
 """
 
-import copy
-import functools
 import math
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +12,15 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from skqlora.adapter import Footprint, LoraSettings
+from skqlora.adapter import AdapterState, Footprint, LoraSettings
+from skqlora.architecture import read_config
+from skqlora.clones import AdaptedClone, ClonePool, clone_module, drawing_nothing, drop_pooler
 from skqlora.fingerprint import fingerprint_source
 
 # Relative difference of hidden states that rounding alone explains.
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-ADAPTER = "default"  # PEFT's own name for the only adapter of a model
-
-# Loading and PEFT's injection both draw from torch's global generator, which they put back.
-_generator_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +38,8 @@ class BackboneSpec:
     compute_dtype : torch.dtype
         Of the products with the base's weights.
     device : torch.device
+    attn_implementation : str or None
+        transformers' name of the attention kernel; None is its choice.
     files : tuple
         What `describe_files` tells of a local folder, so that a changed folder is another base.
     """
@@ -57,6 +50,7 @@ class BackboneSpec:
     double_quant: bool
     compute_dtype: torch.dtype
     device: torch.device
+    attn_implementation: str | None = None
     files: tuple = ()
 
 
@@ -75,6 +69,8 @@ class Backbone:
         Features of a last hidden state.
     causal : bool
         Whether a token sees only those before it.
+    clones : ClonePool
+        Those that nobody uses now.
     """
 
     module: PreTrainedModel
@@ -82,6 +78,56 @@ class Backbone:
     fingerprint: str
     hidden_size: int
     causal: bool
+    clones: ClonePool
+
+    @classmethod
+    def load(cls, spec: BackboneSpec) -> "Backbone":
+        """Load and quantize a base; see `skqlora.cache.get_backbone` for one that is shared.
+
+        Parameters
+        ----------
+        spec : BackboneSpec
+
+        Returns
+        -------
+        backbone : Backbone
+
+        Raises
+        ------
+        ValueError
+            If the weights are missing, incomplete or not in safetensors format, the folder changes
+            meanwhile, or the model cannot be run on text alone, one text independent of those
+            padded beside it.
+        """
+        read_config(spec.model, spec.revision)  # a folder that is gone is refused with the remedy
+        fingerprint = fingerprint_source(spec.model, spec.revision)
+        with drawing_nothing():  # a pooler that the checkpoint lacks, before it is dropped
+            module, loading = AutoModel.from_pretrained(
+                spec.model,
+                revision=spec.revision,
+                quantization_config=_quantization_config(spec),
+                dtype=_storage_dtype(spec),
+                device_map={"": spec.device},
+                attn_implementation=spec.attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        if describe_files(spec.model) != spec.files:
+            raise ValueError(
+                f"The folder model={spec.model!r} changed while it was read. Wanted: files that "
+                "stay as they are. Call again once they are written."
+            )
+        _refuse_missing_weights(spec.model, module, loading["missing_keys"])
+        _freeze(module, spec.compute_dtype)
+        hidden_size, causal = _probe(module, spec)
+        clones = ClonePool(module, _count_bytes(module))
+        return cls(module, spec, fingerprint, hidden_size, causal, clones)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory of the base and of the adapters on its free clones."""
+        return _count_bytes(self.module) + self.clones.nbytes
 
     @property
     def vocab_size(self) -> int:
@@ -89,41 +135,37 @@ class Backbone:
         embeddings: Any = self.module.get_input_embeddings()
         return embeddings.num_embeddings
 
-    def lease(self, lora: LoraSettings, *, seed: int, keep_pooler: bool = False) -> PreTrainedModel:
-        """Return a clone of the base with fresh LoRA layers, for the caller to train or fill.
+    def lease(
+        self,
+        lora: LoraSettings,
+        *,
+        keep_pooler: bool = False,
+        holding: AdapterState | None = None,
+    ) -> AbstractContextManager[AdaptedClone]:
+        """Lend a clone of the base with LoRA layers, for the caller to train or fill.
 
-        The clone shares every tensor of the base and owns only its modules and the adapter, which
-        is float32 whatever the base computes in. No dropout acts.
+        A clone of that shape that is free costs nothing, a new one PEFT's injection. It comes with
+        some earlier borrower's values. On an exception it is not lent again.
 
         Parameters
         ----------
         lora : LoraSettings
-        seed : int
-            Of the adapter's first values.
         keep_pooler : bool, default=False
             Keep the base's pooler, if it has one. Without a use its LoRA would never get a
             gradient.
+        holding : AdapterState, optional
+            Prefer the clone whose values are these.
 
         Returns
         -------
-        module : transformers.PreTrainedModel
+        clone : context manager of AdaptedClone
 
         Raises
         ------
         ValueError
             If PEFT finds no module of that name in the base.
         """
-        module = _clone(self.module)
-        if not keep_pooler:
-            _drop_pooler(module)
-        config = peft_config(lora, module)
-        with _generator_lock, torch.random.fork_rng(devices=[]):  # on a CPU, whatever the device
-            torch.default_generator.manual_seed(seed)
-            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # PEFT takes the dtype of the base
-        return module
+        return self.clones.lease(lora, keep_pooler=keep_pooler, holding=holding)
 
     def autocast(self) -> AbstractContextManager:
         """Precision of a forward pass: autocast on an accelerator, none on a CPU.
@@ -149,54 +191,6 @@ class Backbone:
             other_bytes=sum(p.nbytes for p in others),
             trainable_parameters=trainable_parameters,
         )
-
-
-def lora_layers(module: nn.Module) -> list[Any]:
-    """List the layers of a leased clone that carry an adapter, in the order of the model."""
-    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-
-
-def load_backbone(spec: BackboneSpec) -> Backbone:
-    """Return the base of `spec`, loaded and quantized at the first call of the process.
-
-    Parameters
-    ----------
-    spec : BackboneSpec
-
-    Returns
-    -------
-    backbone : Backbone
-
-    Raises
-    ------
-    ValueError
-        If the weights are missing, incomplete or not in safetensors format, or the model cannot be
-        run on text alone, one text independent of those padded beside it.
-    """
-    with _generator_lock:
-        return _load(spec)
-
-
-@functools.lru_cache(maxsize=2)
-def _load(spec: BackboneSpec) -> Backbone:
-    fingerprint = fingerprint_source(spec.model, spec.revision)
-    devices = [] if spec.device.type == "cpu" else [spec.device]
-    # A pooler that the checkpoint lacks is drawn at random before it is dropped.
-    with torch.random.fork_rng(devices, device_type=spec.device.type):
-        module, loading = AutoModel.from_pretrained(
-            spec.model,
-            revision=spec.revision,
-            quantization_config=_quantization_config(spec),
-            dtype=_storage_dtype(spec),
-            device_map={"": spec.device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    _refuse_missing_weights(spec.model, module, loading["missing_keys"])
-    _freeze(module, spec.compute_dtype)
-    hidden_size, causal = _probe(module, spec)
-    return Backbone(module, spec, fingerprint, hidden_size, causal)
 
 
 def _quantization_config(spec: BackboneSpec) -> BitsAndBytesConfig | None:
@@ -227,7 +221,7 @@ def _storage_dtype(spec: BackboneSpec) -> torch.dtype:
 def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[str]) -> None:
     """Refuse a base with random weights; drop a pooler that the checkpoint does not have."""
     if any(key.startswith("pooler.") for key in missing):
-        _drop_pooler(module)
+        drop_pooler(module)
     missing = {key for key in missing if not key.startswith("pooler.")}
     if missing:
         raise ValueError(
@@ -235,11 +229,6 @@ def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[st
             f"{type(module).__name__}, e.g. {min(missing)!r}. Wanted: a complete checkpoint of the "
             "architecture that its config.json names."
         )
-
-
-def _drop_pooler(module: PreTrainedModel) -> None:
-    if hasattr(module, "pooler"):
-        setattr(module, "pooler", None)  # noqa: B010 (mypy: a module has no such attribute)
 
 
 def _freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -274,8 +263,8 @@ def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
         return module(input_ids=ids, attention_mask=mask)[0][0]
 
     name = f"model={spec.model!r} ({module.config.model_type})"
-    module = _clone(module)
-    _drop_pooler(module)  # as most adapters will
+    module = clone_module(module)
+    drop_pooler(module)  # as most adapters will
     try:
         plain = hidden_states(ids, torch.ones_like(ids))
         causal = torch.equal(plain[:-1], hidden_states(changed, torch.ones_like(ids))[:-1])
@@ -294,55 +283,6 @@ def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     return plain.shape[-1], causal
 
 
-def _clone(base: PreTrainedModel) -> PreTrainedModel:
-    """Copy the module tree and share every tensor and the configuration."""
-    shared: list[Any] = [*base.parameters(), *base.buffers(), base.config]
-    shared += [m.quant_state for m in base.modules() if getattr(m, "quant_state", None) is not None]
-    return copy.deepcopy(base, {id(x): x for x in shared})
-
-
-def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
-    """Write the settings as PEFT wants them for a base or its skeleton."""
-    targets = lora.target_modules
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
-        fan_in_fan_out=_has_conv1d(module),
-    )
-
-
-def refuse_missing_targets(lora: LoraSettings, skeleton: nn.Module) -> None:
-    """Try the adapter on a skeleton without weights, to refuse what a base would refuse later.
-
-    Parameters
-    ----------
-    lora : LoraSettings
-    skeleton : torch.nn.Module
-        On the meta device; it is changed.
-
-    Raises
-    ------
-    ValueError
-        If `target_modules` fits no layer, or one that cannot have an adapter.
-    """
-    targets = lora.target_modules
-    try:
-        if not all(isinstance(target, str) for target in targets):
-            raise TypeError("a name that is no str.")
-        config = peft_config(lora, skeleton)
-        inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
-    except Exception as error:  # PEFT's ValueError, re.error ... of a user's choice
-        raise ValueError(
-            f"Got target_modules={targets!r}, which cannot be adapted: {error} Wanted: "
-            "'all-linear', or names of linear layers of this model."
-        ) from error
-
-
 def describe_files(model: str) -> tuple:
     """List the path and the files of a local folder, with sizes and times; () for a Hub id."""
     folder = Path(model)
@@ -352,9 +292,15 @@ def describe_files(model: str) -> tuple:
     return folder.resolve(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _has_conv1d(module: nn.Module) -> bool:
-    """Whether the base keeps GPT-2's transposed layers, which it does only unquantized."""
-    return any(isinstance(m, Conv1D) for m in module.modules())
+def _count_bytes(module: PreTrainedModel) -> int:
+    """Size in memory of all parameters, buffers and quantization constants."""
+    tensors = [*module.parameters(), *module.buffers()]
+    constants = sum(
+        _quantized_bytes(weight) - weight.nbytes
+        for weight in module.parameters()
+        if isinstance(weight, bnb.nn.Params4bit)
+    )
+    return sum(tensor.nbytes for tensor in tensors) + constants
 
 
 def _quantized_bytes(weight: Any) -> int:

@@ -2,7 +2,7 @@
 
 import os
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skqlora.adapter import LoraSettings
 from skqlora.inputs import check_labels, check_texts
-from skqlora.quiet import muted
+from skqlora.quiet import import_libraries, muted
 
 if TYPE_CHECKING:  # torch and transformers load at first use
     from skqlora.backbone import BackboneSpec
@@ -48,6 +48,9 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         it. Adapter and head are always float32.
     device : str, default="auto"
         A torch device; "auto" takes CUDA, then XPU, then the CPU.
+    attn_implementation : str, default=None
+        Attention kernel, by transformers' name: "sdpa", "eager", "flash_attention_2" ... None
+        leaves the choice to transformers.
     lora_r : int, default=16
         Rank of the adapters.
     lora_alpha : float, default=16
@@ -118,10 +121,13 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
     -----
     Texts in `X` are a list, a Series, an array of shape (n_texts,) or a table with one column.
 
-    A process loads a base at the first `fit` or `predict` that needs it and keeps the two that it
-    used last. That costs the download from the Hub, then about 0.5 bytes of memory for each
-    parameter in a linear layer and 2 (GPU) or 4 (CPU) for each in the embeddings. Each worker
-    process loads its own.
+    A process loads a base at the first `fit` or `predict` that needs it and keeps it for all
+    estimators: see `skqlora.backbone_cache_info`. That costs the download from the Hub, then about
+    0.5 bytes of memory for each parameter in a linear layer and 2 (GPU) or 4 (CPU) for each in the
+    embeddings. Threads share it; each worker process loads its own.
+
+    Where `torch.distributed` has a process group (`torchrun`), all its processes must call `fit`
+    with the same texts. Each trains on its share of every batch, and all end with the same weights.
 
     ``learning_rate="auto"`` is ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for Qwen and
     0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025) over
@@ -150,6 +156,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         "double_quant": ["boolean"],
         "compute_dtype": [StrOptions({"auto", "bfloat16", "float16", "float32"})],
         "device": [str],
+        "attn_implementation": [str, None],
         "lora_r": [Interval(Integral, 1, None, closed="left")],
         "lora_alpha": [Interval(Real, 0, None, closed="neither")],
         "lora_dropout": [Interval(Real, 0, 1, closed="left")],
@@ -184,6 +191,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         double_quant=True,
         compute_dtype="auto",
         device="auto",
+        attn_implementation=None,
         lora_r=16,
         lora_alpha=16,
         lora_dropout=0.05,
@@ -213,6 +221,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         self.double_quant = double_quant
         self.compute_dtype = compute_dtype
         self.device = device
+        self.attn_implementation = attn_implementation
         self.lora_r = lora_r
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
@@ -261,42 +270,55 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         texts = check_texts(X)
         classes, targets = check_labels(y, n_texts=len(texts))
 
-        with muted(progress_bars=bool(self.verbose)):
-            from skqlora.architecture import check_architecture
-            from skqlora.backbone import load_backbone, refuse_missing_targets
-            from skqlora.data import load_tokenizer, tokenize
-            from skqlora.model import TextClassifierModel
-            from skqlora.training import train
+        import_libraries()
+        from skqlora.architecture import check_architecture
+        from skqlora.cache import get_backbone
+        from skqlora.clones import refuse_missing_targets
+        from skqlora.distributed import Ranks
+        from skqlora.model import TextClassifierModel
+        from skqlora.processes import refuse_fork_of_threads
+        from skqlora.tokenization import load_tokenizer
+        from skqlora.training import train
 
-            spec = self._backbone_spec()
+        refuse_fork_of_threads()
+        spec, lora = self._backbone_spec(), self._lora_settings()
+        with muted(progress_bars=bool(self.verbose)):
             architecture = check_architecture(
-                spec.model, spec.revision, quantized=spec.quantization is not None
+                spec.model,
+                spec.revision,
+                quantized=spec.quantization is not None,
+                attn_implementation=spec.attn_implementation,
+                files=spec.files,
             )
-            refuse_missing_targets(self._lora_settings(), architecture.skeleton)
-            tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-        max_length = self._choose_max_length(architecture.max_positions, tokenizer)
-        tokens = tokenize(tokenizer, texts, max_length, architecture.vocab_size)
+            refuse_missing_targets(lora.target_modules, architecture.skeleton)
+        tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+        max_length = self._choose_max_length(architecture.max_positions, tokenizer.max_length)
+        tokens = tokenizer.tokenize(texts, max_length, architecture.vocab_size)
 
-        with muted(progress_bars=bool(self.verbose)):
-            backbone = load_backbone(spec)
+        backbone = get_backbone(spec, verbose=bool(self.verbose))
+        recipe = self._training_settings(architecture.model_type, backbone.hidden_size)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        model = TextClassifierModel(
+        seed = Ranks.current().agree(
+            seed, texts, classes.tolist(), targets.tolist(), lora, recipe, backbone.fingerprint
+        )
+        with TextClassifierModel.fresh(
             backbone,
-            self._lora_settings(),
+            lora,
             n_classes=len(classes),
             pooling=self.pooling,
             seed=seed,
             lora_dropout=self.lora_dropout,
-        )
-        settings = self._training_settings(architecture.model_type, backbone.hidden_size, seed)
-        loss_curve = train(model, tokens, targets, settings)
+        ) as model:
+            loss_curve = train(model, tokens, targets, recipe, seed=seed, verbose=self.verbose)
+            adapter = model.capture(max_length)
+            footprint = backbone.footprint(model.count_trainable())
 
         # Only now, so that a failure leaves an older fit as it was.
         self.classes_ = classes
-        self.adapter_ = model.capture(max_length)
+        self.adapter_ = adapter
         self.n_iter_ = len(loss_curve)
         self.loss_curve_ = loss_curve
-        self.footprint_ = backbone.footprint(model.count_trainable())
+        self.footprint_ = footprint
         return self
 
     def predict(self, X):
@@ -364,20 +386,20 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         self._validate_params()
         texts = check_texts(X)
 
-        with muted(progress_bars=bool(self.verbose)):
-            from skqlora.architecture import read_config
-            from skqlora.backbone import load_backbone
-            from skqlora.data import load_tokenizer, tokenize
-            from skqlora.model import TextClassifierModel
-            from skqlora.training import predict_logits
+        import_libraries()
+        from skqlora.cache import get_backbone
+        from skqlora.model import TextClassifierModel
+        from skqlora.processes import refuse_fork_of_threads
+        from skqlora.tokenization import load_tokenizer
+        from skqlora.training import predict_logits
 
-            spec = self._backbone_spec()
-            read_config(spec.model, spec.revision)  # a moved base is refused with the remedy
-            backbone = load_backbone(spec)
-            tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-        model = TextClassifierModel.restore(backbone, self.adapter_)
-        tokens = tokenize(tokenizer, texts, self.adapter_.max_length, backbone.vocab_size)
-        return predict_logits(model, tokens)
+        refuse_fork_of_threads()
+        spec = self._backbone_spec()
+        backbone = get_backbone(spec, verbose=bool(self.verbose))
+        tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+        tokens = tokenizer.tokenize(texts, self.adapter_.max_length, backbone.vocab_size)
+        with TextClassifierModel.restored(backbone, self.adapter_) as model:
+            return predict_logits(model, tokens)
 
     def _backbone_spec(self) -> "BackboneSpec":
         from skqlora.backbone import BackboneSpec, describe_files
@@ -391,6 +413,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             double_quant=bool(self.double_quant) and self.quantization is not None,
             compute_dtype=resolve_compute_dtype(self.compute_dtype, device),
             device=device,
+            attn_implementation=self.attn_implementation,
             files=describe_files(os.fspath(self.model)),
         )
 
@@ -405,9 +428,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             init_lora_weights=self.init_lora_weights,
         )
 
-    def _training_settings(
-        self, model_type: str, hidden_size: int, seed: int
-    ) -> "TrainingSettings":
+    def _training_settings(self, model_type: str, hidden_size: int) -> "TrainingSettings":
         from skqlora.training import TrainingSettings, scaled_learning_rate
 
         rate, head_rate = self.learning_rate, self.head_learning_rate
@@ -427,12 +448,10 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             lr_scheduler_type=self.lr_scheduler_type,
             max_grad_norm=self.max_grad_norm,
             optim=self.optim,
-            seed=seed,
-            verbose=self.verbose,
         )
 
-    def _choose_max_length(self, max_positions: int | None, tokenizer: Any) -> int:
-        limit = min(max_positions or tokenizer.model_max_length, tokenizer.model_max_length)
+    def _choose_max_length(self, max_positions: int | None, tokenizer_max_length: int) -> int:
+        limit = min(max_positions or tokenizer_max_length, tokenizer_max_length)
         if self.max_length == "auto":
             return min(AUTO_MAX_LENGTH, limit)
         if self.max_length > limit:

@@ -3,15 +3,18 @@
 Knows nothing of texts or of how it is trained.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
 from skqlora.adapter import AdapterState, LoraSettings
-from skqlora.backbone import ADAPTER, Backbone, lora_layers
+from skqlora.backbone import Backbone
+from skqlora.clones import ADAPTER, AdaptedClone
 
 HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
 
@@ -26,14 +29,13 @@ class RowClock:
         Number of the update.
     batch_rows : int
         Rows of the effective batch, over all its micro-batches.
-    first_row, n_rows : int
+    rows : ndarray of int
         The ones that this micro-batch holds.
     """
 
     step: int = 0
     batch_rows: int = 0
-    first_row: int = 0
-    n_rows: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.arange(0))
 
 
 class RowDropout(nn.Module):
@@ -66,38 +68,63 @@ class RowDropout(nn.Module):
         clock = self.clock
         words = np.random.SeedSequence([self.seed, clock.step, self.layer]).generate_state(2)
         generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-        keep = torch.empty(clock.batch_rows, x.shape[-1], device=x.device)
-        keep.bernoulli_(1 - self.p, generator=generator)
-        keep = keep[clock.first_row : clock.first_row + clock.n_rows]
+        keep = torch.empty(
+            clock.batch_rows, x.shape[-1], dtype=torch.float32, device=x.device
+        ).bernoulli_(1 - self.p, generator=generator)
+        keep = keep[torch.from_numpy(clock.rows).to(x.device)]
         # (n_rows, n_features), once for each token where rows and tokens share the axis
-        scale = (keep / (1 - self.p)).repeat_interleave(x.shape[self.row_axis] // clock.n_rows, 0)
+        repeats = x.shape[self.row_axis] // len(clock.rows)
+        scale = (keep / (1 - self.p)).repeat_interleave(repeats, 0)
         shape = [1] * x.ndim
         shape[self.row_axis], shape[-1] = scale.shape
         return x * scale.to(x.dtype).view(shape)
 
 
 class TextClassifierModel(nn.Module):
-    """A clone of a base with LoRA layers, pooling and a float32 linear head.
+    """A leased clone of a base with LoRA layers, pooling and a float32 linear head.
+
+    Made by `fresh`, to be trained, or `restored`, to predict; both are context managers, which
+    give the clone back.
 
     Parameters
     ----------
     backbone : Backbone
+    clone : AdaptedClone
     lora : LoraSettings
+    pooling : {"last", "mean", "cls", "pooler"}
     n_classes : int
-    pooling : {"auto", "last", "mean", "cls", "pooler"}
-        "auto" is "last" for a causal base and "mean" for another.
-    seed : int, default=0
-        Of LoRA's and the head's first values, and of dropout.
-    lora_dropout : float, default=0.0
-
-    Raises
-    ------
-    ValueError
-        If the base cannot be pooled this way, or PEFT finds none of the target modules.
     """
 
     def __init__(
         self,
+        backbone: Backbone,
+        clone: AdaptedClone,
+        lora: LoraSettings,
+        pooling: str,
+        n_classes: int,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.clone = clone
+        self.lora = lora
+        self.pooling = pooling
+        self.encoder = clone.module
+        self.head = nn.utils.skip_init(
+            nn.Linear,
+            backbone.hidden_size,
+            n_classes,
+            bias=pooling != "last",
+            dtype=torch.float32,
+            device=backbone.spec.device,
+        )
+        self.clock = RowClock()
+        self.head.eval()
+        self.training = False  # as all of the clone is
+
+    @classmethod
+    @contextmanager
+    def fresh(
+        cls,
         backbone: Backbone,
         lora: LoraSettings,
         n_classes: int,
@@ -105,17 +132,66 @@ class TextClassifierModel(nn.Module):
         *,
         seed: int = 0,
         lora_dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.backbone = backbone
-        self.lora = lora
-        self.pooling = _resolve_pooling(pooling, backbone)
-        self.encoder = backbone.lease(lora, seed=seed, keep_pooler=self.pooling == "pooler")
-        self.head = _make_head(backbone, n_classes, seed, bias=self.pooling != "last")
-        self.clock = RowClock()
-        if lora_dropout > 0:
-            self._drop_out_by_row(lora_dropout, seed)
-        self.eval()
+    ) -> "Iterator[TextClassifierModel]":
+        """Lease a clone with an adapter and a head to be trained.
+
+        Parameters
+        ----------
+        backbone : Backbone
+        lora : LoraSettings
+        n_classes : int
+        pooling : {"auto", "last", "mean", "cls", "pooler"}
+            "auto" is "last" for a causal base and "mean" for another.
+        seed : int, default=0
+            Of LoRA's and the head's first values, and of dropout.
+        lora_dropout : float, default=0.0
+
+        Yields
+        ------
+        model : TextClassifierModel
+
+        Raises
+        ------
+        ValueError
+            If the base cannot be pooled this way, or PEFT finds none of the target modules.
+        """
+        pooling = _resolve_pooling(pooling, backbone)
+        with backbone.lease(lora, keep_pooler=pooling == "pooler") as clone:
+            clone.start(lora, seed)
+            model = cls(backbone, clone, lora, pooling, n_classes)
+            _start_head(model.head, seed)
+            with model._row_dropout(lora_dropout, seed):
+                yield model
+
+    @classmethod
+    @contextmanager
+    def restored(cls, backbone: Backbone, state: AdapterState) -> "Iterator[TextClassifierModel]":
+        """Lease a clone with a captured adapter and head.
+
+        Yields
+        ------
+        model : TextClassifierModel
+
+        Raises
+        ------
+        ValueError
+            If the base is not the one that the adapter was trained on.
+        """
+        if backbone.fingerprint != state.fingerprint:
+            raise ValueError(
+                f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
+                f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
+                "Set `model` back to that base, or fit again."
+            )
+        keep_pooler = state.pooling == "pooler"
+        with backbone.lease(state.lora, keep_pooler=keep_pooler, holding=state) as clone:
+            clone.activate(state)
+            n_classes = len(state.head_tensors["weight"])
+            model = cls(backbone, clone, state.lora, state.pooling, n_classes)
+            with torch.no_grad():
+                for name, parameter in model.head.named_parameters():
+                    parameter.copy_(torch.tensor(state.head_tensors[name]))
+            yield model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Compute float32 logits of shape (n_rows, n_classes).
@@ -135,82 +211,48 @@ class TextClassifierModel(nn.Module):
 
     def train(self, mode: bool = True) -> "TextClassifierModel":
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
-        super().train(False)
+        if mode:
+            self.clone.deactivate()  # its values will change
         self.training = mode
-        for layer in lora_layers(self.encoder):
+        for layer in self.clone.layers:
             layer.training = mode  # DoRA asks the layer, not its dropout
             layer.lora_dropout.train(mode)
         return self
 
-    def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """LoRA's parameters by name in the encoder."""
-        return {name: p for name, p in self.encoder.named_parameters() if p.requires_grad}
-
     def count_trainable(self) -> int:
         """Count the parameters of the adapter and the head."""
-        return sum(p.numel() for p in (*self.lora_parameters().values(), *self.head.parameters()))
+        shapes = self.clone.values.shapes.values()
+        return sum(math.prod(s) for s in shapes) + sum(p.numel() for p in self.head.parameters())
 
     def capture(self, max_length: int) -> AdapterState:
-        """Copy the adapter and the head out of the model, to NumPy and without the base."""
-        return AdapterState(
+        """Copy the adapter and the head out of the model, to NumPy and without the base.
+
+        The clone keeps the adapter active, for a prediction that follows.
+        """
+        state = AdapterState(
             lora=self.lora,
             pooling=self.pooling,
             max_length=max_length,
             fingerprint=self.backbone.fingerprint,
-            lora_tensors={name: _to_numpy(p) for name, p in self.lora_parameters().items()},
+            lora_tensors=self.clone.values.read(),
             head_tensors={name: _to_numpy(p) for name, p in self.head.named_parameters()},
         )
+        self.clone.note_active(state)
+        return state
 
-    @classmethod
-    def restore(cls, backbone: Backbone, state: AdapterState) -> "TextClassifierModel":
-        """Put a captured adapter and head onto a clone of the base, for prediction.
-
-        Raises
-        ------
-        ValueError
-            If the base is not the one that the adapter was trained on.
-        """
-        if backbone.fingerprint != state.fingerprint:
-            raise ValueError(
-                f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
-                f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
-                "Set `model` back to that base, or fit again."
-            )
-        n_classes = len(state.head_tensors["weight"])
-        model = cls(backbone, state.lora, n_classes, state.pooling)
-        parameters = model.lora_parameters()
-        with torch.no_grad():
-            for name, values in state.lora_tensors.items():
-                parameters[name].copy_(torch.from_numpy(values))
-            for name, parameter in model.head.named_parameters():
-                parameter.copy_(torch.from_numpy(state.head_tensors[name]))
-        return model
-
-    def _drop_out_by_row(self, p: float, seed: int) -> None:
-        for number, (layer, row_axes) in enumerate(self._row_axes().items()):
-            # DeBERTa's queries and keys also serve relative positions, which all rows share and
-            # no row's dropout may touch: such layers have none.
-            row_axis = row_axes.pop() if len(row_axes) == 1 else None
+    @contextmanager
+    def _row_dropout(self, p: float, seed: int) -> Iterator[None]:
+        """Put dropout before the layers whose rows can be told, for the time of a training."""
+        if p == 0:
+            yield
+            return
+        layers = self.clone.layers
+        for number, (layer, row_axis) in enumerate(zip(layers, self.clone.row_axes, strict=True)):
             if row_axis is not None:
                 layer.lora_dropout[ADAPTER] = RowDropout(p, seed, number, row_axis, self.clock)
-
-    @torch.no_grad()
-    def _row_axes(self) -> dict[Any, set[int | None]]:
-        """Find the axis of the rows in the inputs of each adapted layer: run three rows of five."""
-        n_rows, n_tokens = 3, 5
-        axes: dict[Any, set[int | None]] = {layer: set() for layer in lora_layers(self.encoder)}
-
-        def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            sizes = inputs[0].shape[:-1]
-            rows = [i for i, size in enumerate(sizes) if size in (n_rows, n_rows * n_tokens)]
-            axes[layer].add(rows[0] if rows else None)
-
-        hooks = [layer.register_forward_pre_hook(record) for layer in axes]
-        ids = torch.full((n_rows, n_tokens), 5, device=self.backbone.spec.device)
-        self.eval()(ids, torch.ones_like(ids))
-        for hook in hooks:
-            hook.remove()
-        return axes
+        yield
+        for layer in layers:
+            layer.lora_dropout[ADAPTER] = nn.Identity()
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -264,14 +306,14 @@ def _resolve_pooling(pooling: str, backbone: Backbone) -> str:
     return pooling
 
 
-def _make_head(backbone: Backbone, n_classes: int, seed: int, *, bias: bool) -> nn.Linear:
-    """Linear head as transformers starts one, drawn on the CPU whatever the device."""
-    head = nn.utils.skip_init(nn.Linear, backbone.hidden_size, n_classes, bias=bias)
+@torch.no_grad()
+def _start_head(head: nn.Linear, seed: int) -> None:
+    """Start a head as transformers does, drawn on the CPU whatever the device."""
     generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(head.weight, std=HEAD_INIT_STD, generator=generator)
-    if bias:
-        nn.init.zeros_(head.bias)
-    return head.to(backbone.spec.device)
+    weight = torch.empty(head.weight.shape, dtype=torch.float32)
+    head.weight.copy_(weight.normal_(std=HEAD_INIT_STD, generator=generator))
+    if head.bias is not None:
+        head.bias.zero_()
 
 
 def _to_numpy(parameter: torch.Tensor) -> np.ndarray:

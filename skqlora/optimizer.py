@@ -1,4 +1,4 @@
-"""AdamW over flat buffers, with its state in paged memory on CUDA.
+"""AdamW over flat tensors, with its state in paged memory on CUDA.
 
 bitsandbytes pages the state of a tensor only from 100,000 elements on and synchronizes the device
 after each tensor. LoRA's tensors are smaller, so that a paged AdamW of single tensors is not paged
@@ -6,52 +6,12 @@ at all. One flat tensor for all of them is, and is updated by one kernel.
 """
 
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import nn
 
-ALIGNMENT = 256  # elements: a block of the 8-bit optimizer never spans two tensors
 PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes' own threshold: less is not worth paging
-
-
-class FlatParameters:
-    """Many parameters as views into one float32 tensor, with one persistent flat gradient.
-
-    The optimizer sees `leaf` alone; autograd accumulates into the views of its gradient in place.
-    Never call `zero_grad` of the optimizer or of a module: it replaces the gradient and leaves the
-    views behind, silently.
-
-    Parameters
-    ----------
-    parameters : iterable of torch.nn.Parameter
-        float32, on one device. Their `data` and `grad` become views.
-
-    Attributes
-    ----------
-    leaf : torch.nn.Parameter of shape (n_elements,)
-        Each parameter starts at a multiple of 256 elements; the gaps stay zero.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        parameters = list(parameters)
-        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
-        device = parameters[0].device
-        self.leaf = nn.Parameter(torch.zeros(sum(sizes), device=device))
-        self.leaf.grad = torch.zeros_like(self.leaf)
-        values, gradients = self.leaf.data.split(sizes), self.leaf.grad.split(sizes)
-        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
-            n_elements = parameter.numel()
-            value[:n_elements] = parameter.data.flatten()
-            parameter.data = value[:n_elements].view_as(parameter)
-            parameter.grad = gradient[:n_elements].view_as(parameter)
-
-    def zero_grad(self) -> None:
-        """Zero the gradients in place."""
-        assert self.leaf.grad is not None
-        self.leaf.grad.zero_()
 
 
 class PagedPool:

@@ -1,5 +1,7 @@
 """Holding back what the libraries print while they load, and nothing else."""
 
+import functools
+import importlib
 import logging
 import threading
 import warnings
@@ -8,7 +10,17 @@ from contextlib import contextmanager
 
 LOGGERS = ("bitsandbytes", "huggingface_hub")  # beside transformers', which has a switch
 
-_lock = threading.RLock()
+# transformers and PEFT patch and set process-wide state while they build a model, such as torch's
+# default dtype and its initialisation functions: only one thread at a time may let them.
+library_lock = threading.RLock()
+
+
+@functools.cache
+def import_libraries() -> None:
+    """Import what computes, without what it prints; at the first call only."""
+    with muted():
+        for name in ("torch", "transformers", "peft", "bitsandbytes"):
+            importlib.import_module(name)
 
 
 @contextmanager
@@ -25,7 +37,7 @@ def muted(*, progress_bars: bool = False) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging  # loads torch
 
     # HF_HUB_DISABLE_PROGRESS_BARS settles the Hub's bars, which then warns at each attempt.
-    with _lock, warnings.catch_warnings(), _restored():
+    with library_lock, warnings.catch_warnings(), _restored():
         warnings.filterwarnings("ignore", message="Cannot (dis|en)able progress bars")
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.data import TokenizedTexts, prediction_batches, training_batches
+from skqlora.distributed import Ranks
+from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel, transformer_blocks
-from skqlora.optimizer import FlatParameters, make_optimizer, release
+from skqlora.optimizer import make_optimizer, release
 
 PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
 
@@ -42,8 +44,6 @@ class TrainingSettings:
     lr_scheduler_type: str
     max_grad_norm: float | None
     optim: str
-    seed: int
-    verbose: int
 
 
 def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
@@ -71,6 +71,9 @@ def train(
     tokens: TokenizedTexts,
     targets: np.ndarray,
     settings: TrainingSettings,
+    *,
+    seed: int = 0,
+    verbose: int = 0,
 ) -> list[float]:
     """Train the adapter and the head of `model` in place.
 
@@ -82,6 +85,10 @@ def train(
     targets : ndarray of shape (n_rows,), int
         Class numbers.
     settings : TrainingSettings
+    seed : int, default=0
+        Of the order of the rows.
+    verbose : int, default=0
+        1 shows a progress bar.
 
     Returns
     -------
@@ -96,19 +103,20 @@ def train(
     batch_rows = settings.batch_size * settings.gradient_accumulation_steps
     n_steps = settings.num_train_epochs * math.ceil(len(tokens) / batch_rows)
     checkpointing = _wants_checkpointing(model, settings, int(tokens.lengths.max()))
-    rng = np.random.RandomState(settings.seed)
+    rng = np.random.RandomState(seed)
     loss_curve: list[float] = []
     with (
         checkpointed_blocks(model.encoder) if checkpointing else nullcontext(),
-        tqdm(total=n_steps, desc="fit", unit="step", disable=not settings.verbose) as bar,
+        tqdm(total=n_steps, desc="fit", unit="step", disable=not verbose) as bar,
         closing(_Updater(model, settings, n_steps)) as updater,
     ):
         model.train()
         for epoch in range(settings.num_train_epochs):
-            epoch_loss = torch.zeros((), device=model.backbone.spec.device)
+            epoch_loss = updater.zero()
             for rows in training_batches(tokens.lengths, batch_rows, rng):
                 epoch_loss += updater.step(tokens, targets, rows) * len(rows)
                 bar.update()
+            updater.ranks.sum_up(epoch_loss)
             loss_curve.append(epoch_loss.item() / len(tokens))  # the only wait for the device
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss_curve[-1]:.3f}")
             _refuse_divergence(loss_curve[-1], epoch)
@@ -140,15 +148,16 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
 
 
 class _Updater:
-    """One update of the weights from one effective batch."""
+    """One update of the weights from one effective batch, of which each rank takes its share."""
 
     def __init__(self, model: TextClassifierModel, settings: TrainingSettings, n_steps: int):
         self.model = model
         self.settings = settings
         self.device = model.backbone.spec.device
-        lora = FlatParameters(model.lora_parameters().values())
-        head = FlatParameters(model.head.parameters())
-        self.segments = [lora, head]
+        self.ranks = Ranks.current()
+        self.segments = [model.clone.values, FlatParameters(dict(model.head.named_parameters()))]
+        for segment in self.segments:
+            segment.attach_gradients()
         rates = [settings.learning_rate, settings.head_learning_rate]
         groups = [
             {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
@@ -163,18 +172,24 @@ class _Updater:
         )
         half = model.backbone.spec.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.scaler.scale(self.zero())  # sets up its state, on a rank without rows too
         self.n_updates = 0
 
+    def zero(self) -> torch.Tensor:
+        """Return a scalar to sum losses in, on the device."""
+        return torch.zeros((), dtype=torch.float32, device=self.device)
+
     def step(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Return the mean loss of `rows`, on the device, after one update from them."""
+        """Update the weights once from `rows`; return this rank's part of their mean loss."""
         for segment in self.segments:
-            segment.zero_grad()
-        loss = torch.zeros((), device=self.device)
+            segment.gradient.zero_()
+        loss = self.zero()
         clock = self.model.clock
         clock.step, clock.batch_rows = self.n_updates, len(rows)
-        for clock.first_row in range(0, len(rows), self.settings.batch_size):
-            micro = rows[clock.first_row : clock.first_row + self.settings.batch_size]
-            part = self._loss(tokens, targets, micro)
+        share = self.ranks.share(len(rows))
+        for first in range(0, len(share), self.settings.batch_size):
+            clock.rows = share[first : first + self.settings.batch_size]
+            part = self._loss(tokens, targets, rows[clock.rows]) / len(rows)
             self.scaler.scale(part).backward()
             loss += part.detach()
         self._apply()
@@ -187,18 +202,20 @@ class _Updater:
         return self._loss(tokens, targets, rows[: self.settings.batch_size]).item()
 
     def close(self) -> None:
+        for segment in self.segments:
+            segment.detach_gradients()
         release(self.optimizer)
 
     def _loss(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Compute a micro-batch's share of the effective batch's mean cross-entropy."""
+        """Sum the cross-entropy of a micro-batch."""
         input_ids, mask = (x.to(self.device) for x in tokens.batch(rows))
-        clock = self.model.clock
-        clock.n_rows = len(input_ids)
         logits = self.model(input_ids, mask)
         classes = torch.as_tensor(targets[rows], device=self.device)
-        return nn.functional.cross_entropy(logits, classes, reduction="sum") / clock.batch_rows
+        return nn.functional.cross_entropy(logits, classes, reduction="sum")
 
     def _apply(self) -> None:
+        for segment in self.segments:
+            self.ranks.sum_up(segment.gradient)
         self.scaler.unscale_(self.optimizer)
         if self.settings.max_grad_norm is not None:
             leaves = [segment.leaf for segment in self.segments]

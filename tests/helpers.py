@@ -6,8 +6,10 @@ import torch
 
 from skqlora import QLoRAClassifier
 from skqlora.adapter import LoraSettings
-from skqlora.backbone import BackboneSpec, load_backbone
+from skqlora.backbone import BackboneSpec, describe_files
+from skqlora.cache import get_backbone
 from skqlora.data import TokenizedTexts
+from skqlora.model import TextClassifierModel
 from skqlora.training import TrainingSettings
 
 LORA = LoraSettings(
@@ -45,8 +47,24 @@ def make_backbone(model, **changes):
         "double_quant": True,
         "compute_dtype": torch.float32,
         "device": torch.device("cpu"),
+        "files": describe_files(model),
     }
-    return load_backbone(BackboneSpec(**settings | changes))
+    return get_backbone(BackboneSpec(**settings | changes))
+
+
+def make_model(backbone, lora=LORA, n_classes=3, pooling="auto", **changes):
+    """A model with a fresh adapter, on a clone that is never given back."""
+    return TextClassifierModel.fresh(backbone, lora, n_classes, pooling, **changes).__enter__()
+
+
+def restore_model(backbone, state):
+    """A model with a captured adapter, on a clone that is never given back."""
+    return TextClassifierModel.restored(backbone, state).__enter__()
+
+
+def lora_parameters(model):
+    """LoRA's parameters by their names in the base."""
+    return {name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
 
 
 def make_settings(**changes):
@@ -63,8 +81,6 @@ def make_settings(**changes):
         "lr_scheduler_type": "linear",
         "max_grad_norm": 1.0,
         "optim": "paged_adamw_32bit",
-        "seed": 0,
-        "verbose": 0,
     }
     return TrainingSettings(**settings | changes)
 

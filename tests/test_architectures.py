@@ -8,7 +8,6 @@ import transformers
 from helpers import make_backbone, make_classifier
 
 from skqlora.architecture import check_architecture
-from skqlora.backbone import lora_layers
 
 
 @pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.ENCODERS])
@@ -33,8 +32,8 @@ def test_every_linear_layer_of_a_family_gets_an_adapter(tiny_model, model_type):
     from helpers import LORA
 
     base = make_backbone(tiny_model(model_type))
-    module = base.lease(LORA, seed=0)
-    adapted = {id(layer.base_layer.weight) for layer in lora_layers(module)}
+    with base.lease(LORA) as clone:
+        adapted = {id(layer.base_layer.weight) for layer in clone.layers}
     linear = {
         id(m.weight)
         for name, m in base.module.named_modules()

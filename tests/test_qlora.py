@@ -4,10 +4,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from helpers import (
-    LORA,
     digest_of_base,
+    lora_parameters,
     make_backbone,
     make_classifier,
+    make_model,
     make_settings,
     random_tokens,
 )
@@ -15,15 +16,10 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 from transformers import AutoModel
 
-from skqlora.model import TextClassifierModel
 from skqlora.training import _Updater, predict_logits
 
 N_CLASSES = 3
 TARGETS = torch.arange(16).numpy() % N_CLASSES
-
-
-def make_model(backbone, **changes):
-    return TextClassifierModel(backbone, LORA, N_CLASSES, "auto", **changes)
 
 
 def test_every_linear_layer_is_nf4_with_double_quantization(backbone):
@@ -113,10 +109,10 @@ def test_every_b_then_every_a_gets_a_gradient_also_after_prediction(backbone, ch
                 updater.step(tokens, TARGETS, rows)
             model.eval()
             predict_logits(model, tokens)
-            gradients = {name: p.grad.clone() for name, p in model.lora_parameters().items()}
+            gradients = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
             assert all(g.isfinite().all() for g in gradients.values())
             seen.append({name for name, g in gradients.items() if g.abs().max() > 0})
-        everything = set(model.lora_parameters())
+        everything = set(lora_parameters(model))
         assert seen[0] == {name for name in everything if "lora_B" in name}
         assert seen[1] == seen[2] == seen[3] == everything
 

@@ -6,11 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import LORA, make_backbone, make_settings, random_tokens
+from helpers import (
+    LORA,
+    lora_parameters,
+    make_backbone,
+    make_model,
+    make_settings,
+    random_tokens,
+)
 from transformers import get_scheduler
 
 from skqlora.data import TokenizedTexts
-from skqlora.model import TextClassifierModel
 from skqlora.training import (
     _count_warmup_steps,
     _Updater,
@@ -24,8 +30,8 @@ TARGETS = np.arange(32) % 3
 
 def adapter_after(backbone, *, lora=LORA, lora_dropout=0.1, tokens=None, seed=0, **changes):
     """Weights after a short training, as one vector."""
-    model = TextClassifierModel(backbone, lora, 3, "auto", seed=seed, lora_dropout=lora_dropout)
-    train(model, tokens or random_tokens(32), TARGETS, make_settings(**changes, seed=seed))
+    model = make_model(backbone, lora, 3, "auto", seed=seed, lora_dropout=lora_dropout)
+    train(model, tokens or random_tokens(32), TARGETS, make_settings(**changes), seed=seed)
     state = model.capture(max_length=32)
     values = [*state.lora_tensors.values(), *state.head_tensors.values()]
     return np.concatenate([value.ravel() for value in values])
@@ -77,7 +83,7 @@ def test_checkpointing_keeps_fewer_activations(backbone):
 
 
 def test_checkpointing_leaves_the_clone_as_it_was(backbone):
-    model = TextClassifierModel(backbone, LORA, 3, "auto")
+    model = make_model(backbone)
     train(model, random_tokens(32), TARGETS, make_settings(gradient_checkpointing=True))
     assert not any("forward" in module.__dict__ for module in model.modules())
 
@@ -122,16 +128,16 @@ def test_divergence_in_the_last_update_is_an_error_too(backbone):
 
 
 def test_a_single_update_is_an_update(backbone):
-    model = TextClassifierModel(backbone, LORA, 3, "auto")
+    model = make_model(backbone)
     train(model, random_tokens(32), TARGETS, make_settings(batch_size=32, warmup_steps=0.1))
-    b = [p for name, p in model.lora_parameters().items() if "lora_B" in name]
+    b = [p for name, p in lora_parameters(model).items() if "lora_B" in name]
     assert all(p.abs().max() > 0 for p in b)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
 def test_rates_follow_the_schedule_of_transformers(backbone, name):
     settings = make_settings(lr_scheduler_type=name, warmup_steps=0.25)
-    updater = _Updater(TextClassifierModel(backbone, LORA, 3, "auto"), settings, n_steps=8)
+    updater = _Updater(make_model(backbone), settings, n_steps=8)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=8)
     tokens, rows = random_tokens(32), np.arange(16)
@@ -146,7 +152,7 @@ def test_rates_follow_the_schedule_of_transformers(backbone, name):
 
 def test_gradient_is_clipped_over_both_segments(backbone):
     def norm(max_grad_norm):
-        model = TextClassifierModel(backbone, LORA, 3, "auto")
+        model = make_model(backbone)
         updater = _Updater(model, make_settings(max_grad_norm=max_grad_norm), n_steps=1)
         updater.step(random_tokens(32), TARGETS, np.arange(16))
         return torch.cat([segment.leaf.grad for segment in updater.segments]).norm().item()

@@ -1,0 +1,247 @@
+"""Clones of a base: what they share, what they start with, and how they are lent."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from shutil import copytree
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    LORA,
+    digest_of_base,
+    make_backbone,
+    make_model,
+    make_settings,
+    random_tokens,
+)
+from safetensors.torch import load_file, save_file
+
+from skqlora import clones as clones_module
+from skqlora.architecture import check_architecture
+from skqlora.clones import AdaptedClone, ClonePool, refuse_missing_targets
+from skqlora.flat import FlatParameters
+from skqlora.model import TextClassifierModel
+from skqlora.training import predict_logits, train
+
+
+@pytest.fixture
+def injections():
+    """Count PEFT's injections."""
+    with patch.object(
+        clones_module, "inject_adapter_in_model", wraps=clones_module.inject_adapter_in_model
+    ) as spy:
+        yield spy
+
+
+@pytest.fixture
+def pool(backbone):
+    """A pool of its own, so that what other tests gave back does not count."""
+    return ClonePool(backbone.module, backbone.nbytes)
+
+
+def lease(pool, lora=LORA, holding=None):
+    return pool.lease(lora, keep_pooler=False, holding=holding)
+
+
+def start(clone, lora=LORA, seed=0):
+    clone.start(lora, seed)
+    return clone.values.leaf.detach().clone()
+
+
+def test_clone_shares_every_tensor_and_leaves_the_base_alone(backbone):
+    before = digest_of_base(backbone.module)
+    names = [name for name, _ in backbone.module.named_modules()]
+    clone = AdaptedClone(backbone.module, LORA, keep_pooler=False)
+    shared = {p.data_ptr() for p in backbone.module.parameters()}
+    own = [p for p in clone.module.parameters() if p.data_ptr() not in shared]
+    assert all(p.requires_grad for p in own)
+    assert sum(p.numel() for p in own) <= clone.values.leaf.numel()
+    assert [name for name, _ in backbone.module.named_modules()] == names
+    assert digest_of_base(backbone.module) == before
+
+
+def test_clone_is_freed_without_the_garbage_collector(backbone):
+    gc.collect()
+    gc.disable()
+    try:
+        clone = AdaptedClone(backbone.module, LORA, keep_pooler=False)
+        reference = weakref.ref(clone.module)
+        del clone
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_first_values_of_an_adapter_follow_the_seed_alone(pool):
+    with lease(pool) as clone:
+        first = start(clone)
+        clone.values.leaf.data.normal_()
+        assert torch.equal(start(clone), first)
+        assert not torch.equal(start(clone, seed=1), first)
+        with lease(pool) as other:
+            assert torch.equal(start(other), first)
+
+
+@pytest.mark.parametrize("changes", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}])
+def test_first_values_are_distributed_as_those_of_peft(backbone, changes):
+    lora = replace(LORA, r=64, **changes)
+    clone = AdaptedClone(backbone.module, lora, keep_pooler=False)
+    start(clone, lora)
+    module = clones_module.clone_module(backbone.module)
+    clones_module.drop_pooler(module)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = clones_module.peft_config(lora, module)
+        clones_module.inject_adapter_in_model(config, module)
+    ours = clone.values.read()
+    theirs = {name: p.detach().numpy() for name, p in module.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if "lora_A" in name:
+            assert ours[name].std() == pytest.approx(expected.std(), rel=0.05)
+            kurtosis = [((x / x.std()) ** 4).mean() for x in (ours[name], expected)]
+            assert kurtosis[0] == pytest.approx(kurtosis[1], rel=0.12)  # uniform 1.8, Gaussian 3
+        else:
+            np.testing.assert_allclose(ours[name], expected, rtol=1e-6)
+
+
+def scaling(pool, **changes):
+    lora = replace(LORA, r=4, **changes)
+    with lease(pool, lora) as clone:
+        clone.start(lora, seed=0)
+        (value,) = {layer.scaling["default"] for layer in clone.layers}
+        return value
+
+
+def test_scaling_is_that_of_the_last_settings(pool):
+    assert scaling(pool, lora_alpha=12) == 3
+    assert scaling(pool, lora_alpha=12, use_rslora=True) == 6
+    assert scaling(pool, lora_alpha=4) == 1
+
+
+def test_target_modules_choose_the_layers(encoder):
+    lora = replace(LORA, target_modules=("query",))
+    with make_backbone(encoder).lease(lora) as clone:
+        adapted = {name for name, m in clone.module.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {f"encoder.layer.{i}.attention.self.query" for i in (0, 1)}
+
+
+@pytest.mark.parametrize("targets", [("nothing",), (), "(", ("query", 3), ("LayerNorm",)])
+def test_target_modules_that_fit_nothing_are_refused_on_the_skeleton(encoder, targets):
+    skeleton = check_architecture(encoder, None, quantized=True).skeleton
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"target_modules=.* cannot be adapted"):
+            refuse_missing_targets(targets, skeleton)
+    assert not any("lora" in name for name, _ in skeleton.named_modules())
+
+
+def test_one_shape_is_injected_once_and_every_other_shape_too(pool, injections):
+    for _ in range(3):
+        for changes in ({"r": 2}, {"r": 4}, {"r": 4, "lora_alpha": 9}, {"r": 4, "use_dora": True}):
+            with lease(pool, replace(LORA, **changes)):
+                pass
+    assert injections.call_count == 3
+
+
+def test_clones_in_use_at_once_are_different_ones(pool, injections):
+    with lease(pool) as first, lease(pool) as second:
+        assert first.values.leaf.data_ptr() != second.values.leaf.data_ptr()
+    with lease(pool), lease(pool):
+        pass
+    assert injections.call_count == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_clone_that_met_an_exception_is_not_lent_again(pool, error):
+    with pytest.raises(error), lease(pool) as clone:
+        raise error
+    with lease(pool) as other:
+        assert other is not clone
+
+
+def test_free_clones_are_bounded_in_number_and_bytes(backbone, monkeypatch):
+    monkeypatch.setattr(clones_module, "MAX_FREE_CLONES", 3)
+    pool = ClonePool(backbone.module, backbone.nbytes)
+    for r in range(1, 7):
+        with lease(pool, replace(LORA, r=r)) as clone:
+            pass
+    assert [clone.shape.r for clone in pool._free] == [4, 5, 6]
+    monkeypatch.setattr(clones_module, "MIN_FREE_BYTES", clone.values.nbytes + 1)
+    small = ClonePool(backbone.module, base_bytes=0)
+    for r in (4, 5, 6):
+        with lease(small, replace(LORA, r=r)):
+            pass
+    assert [clone.shape.r for clone in small._free] == [6]
+    assert small.nbytes == clone.values.nbytes
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Count the copies of an adapter onto a clone."""
+    write, calls = FlatParameters.write, []
+    monkeypatch.setattr(
+        FlatParameters, "write", lambda flat, values: calls.append(flat) or write(flat, values)
+    )
+    return calls
+
+
+def test_adapters_of_one_shape_take_turns_at_one_copy_each(backbone, pool, injections, writes):
+    states = [make_model(backbone, seed=seed).capture(max_length=32) for seed in (0, 1)]
+    backbone = replace(backbone, clones=pool)
+    injections.reset_mock(), writes.clear()
+    for state, n_writes in [(0, 1), (0, 1), (1, 2), (1, 2), (0, 3)]:
+        with TextClassifierModel.restored(backbone, states[state]) as model:
+            for name, value in model.clone.values.read().items():
+                np.testing.assert_array_equal(value, states[state].lora_tensors[name])
+        assert len(writes) == n_writes
+    assert injections.call_count == 1
+
+
+def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes):
+    backbone = replace(backbone, clones=pool)
+    with TextClassifierModel.fresh(backbone, LORA, 3, "auto") as model:
+        train(model, random_tokens(), np.arange(16) % 3, make_settings())
+        state = model.capture(max_length=32)
+    writes.clear()
+    with TextClassifierModel.restored(backbone, state) as again:
+        predict_logits(again, random_tokens())
+    assert again.clone is model.clone
+    assert not writes
+
+
+def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
+    backbone = replace(backbone, clones=pool)
+    state = make_model(backbone, seed=3).capture(max_length=32)
+    with TextClassifierModel.restored(backbone, state) as model:
+        expected = predict_logits(model, random_tokens())
+    with TextClassifierModel.fresh(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
+        train(other, random_tokens(), np.arange(16) % 3, make_settings())
+    with TextClassifierModel.restored(backbone, state) as model:
+        assert model.clone is other.clone
+        np.testing.assert_array_equal(predict_logits(model, random_tokens()), expected)
+
+
+def test_threads_that_load_and_start_adapters_do_not_disturb_each_other(tiny_model, tmp_path):
+    source = tiny_model("roberta")
+    folders = [copytree(source, tmp_path / str(i)) for i in range(6)]
+    for folder in folders:  # without a pooler, which transformers then draws at random
+        weights = load_file(folder / "model.safetensors")
+        weights = {name: value for name, value in weights.items() if "pooler" not in name}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    base = make_backbone(source).module
+
+    def first_values(_):
+        return start(AdaptedClone(base, LORA, keep_pooler=False))
+
+    state = torch.get_rng_state()
+    expected = first_values(0)
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(make_backbone, str(folder)) for folder in folders]
+        starts = list(pool.map(first_values, range(60)))
+        assert all(load.result().module.pooler is None for load in loads)
+    assert all(torch.equal(values, expected) for values in starts)
+    assert torch.equal(torch.get_rng_state(), state)
