@@ -105,9 +105,10 @@ def train(
     checkpointing = _wants_checkpointing(model, settings, int(tokens.lengths.max()))
     rng = np.random.RandomState(seed)
     loss_curve: list[float] = []
+    silent = not verbose or Ranks.current().rank > 0
     with (
         checkpointed_blocks(model.encoder) if checkpointing else nullcontext(),
-        tqdm(total=n_steps, desc="fit", unit="step", disable=not verbose) as bar,
+        tqdm(total=n_steps, desc="fit", unit="step", disable=silent) as bar,
         closing(_Updater(model, settings, n_steps)) as updater,
     ):
         model.train()

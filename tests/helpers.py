@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import torch
 
 from skqlora import QLoRAClassifier
@@ -65,6 +66,15 @@ def restore_model(backbone, state):
 def lora_parameters(model):
     """LoRA's parameters by their names in the base."""
     return {name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
+
+
+def assert_equal_adapters(first, second):
+    """Check that two fitted classifiers have the same weights, bit for bit."""
+    for kind in ("lora_tensors", "head_tensors"):
+        ours, theirs = getattr(first.adapter_, kind), getattr(second.adapter_, kind)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 def make_settings(**changes):

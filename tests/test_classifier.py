@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import make_classifier
+from helpers import assert_equal_adapters, make_classifier
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -100,14 +100,6 @@ def test_same_seed_same_classifier_in_another_process_too(model, corpus, tmp_pat
 def test_bfloat16_is_reproducible_too(model, corpus):
     first, again = (make_classifier(model, compute_dtype="bfloat16").fit(*corpus) for _ in "ab")
     assert_equal_adapters(first, again)
-
-
-def assert_equal_adapters(first, second):
-    for kind in ("lora_tensors", "head_tensors"):
-        ours, theirs = getattr(first.adapter_, kind), getattr(second.adapter_, kind)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 def fit_in_another_process(model, folder):
