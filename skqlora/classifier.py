@@ -298,9 +298,9 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         backbone = get_backbone(spec, verbose=bool(self.verbose))
         recipe = self._training_settings(architecture.model_type, backbone.hidden_size)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        seed = Ranks.current().agree(
-            seed, texts, classes.tolist(), targets.tolist(), lora, recipe, backbone.fingerprint
-        )
+        labels = classes.tolist(), targets.tolist()
+        settings = lora, recipe, self.lora_dropout, self.pooling, max_length, backbone.fingerprint
+        seed = Ranks.current().agree(seed, texts, labels, settings)
         with TextClassifierModel.fresh(
             backbone,
             lora,

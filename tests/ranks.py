@@ -1,0 +1,49 @@
+"""Fits on the ranks of `torchrun`; started by test_distributed.py, not by pytest."""
+
+import sys
+from pathlib import Path
+
+import joblib
+import numpy as np
+import tiny
+import torch
+from helpers import make_classifier
+from torch import distributed
+
+CASES = {
+    "dropout": {"lora_dropout": 0.3},
+    "micro-batches": {"batch_size": 2, "gradient_accumulation_steps": 8},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    "8-bit": {"optim": "paged_adamw_8bit"},
+    "no seed": {"random_state": None},
+}
+N_ROWS = 33  # the last batch of 16 is one row, so that one rank has none
+
+
+def main(model, folder):
+    """Fit every case on this rank and write what became of it."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    texts, labels = tiny.corpus(N_ROWS)
+    fitted = {
+        name: make_classifier(model, **case).fit(texts, labels) for name, case in CASES.items()
+    }
+    fitted["predictions"] = fitted["dropout"].predict_proba(texts)
+    fitted["threads"] = torch.get_num_threads()
+    fitted["steps without a row"] = make_classifier(model, batch_size=1).fit(texts[:5], labels[:5])
+    for name, change in {
+        "other labels": {"y": list(np.roll(labels, rank))},
+        "other order": {"X": texts[rank:] + texts[:rank]},
+        "other rank of LoRA": {"lora_r": 2 + rank},
+    }.items():
+        data = {"X": change.pop("X", texts), "y": change.pop("y", labels)}
+        try:
+            make_classifier(model, **change).fit(**data)
+        except ValueError as error:
+            fitted[name] = str(error)
+    joblib.dump(fitted, Path(folder) / f"{rank}.joblib")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
