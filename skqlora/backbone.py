@@ -19,6 +19,7 @@ from skqlora.architecture import read_config
 from skqlora.clones import AdaptedClone, ClonePool, clone_module, drawing_nothing, drop_pooler
 from skqlora.fingerprint import fingerprint_source
 
+SHARE_OF_WEIGHTS = 0.7  # of a GPU's free memory; the rest is for activations and adapters
 # Relative difference of hidden states that rounding alone explains.
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -38,6 +39,8 @@ class BackboneSpec:
     compute_dtype : torch.dtype
         Of the products with the base's weights.
     device : torch.device
+    spread : bool
+        Put what does not fit on `device` onto the next ones.
     attn_implementation : str or None
         transformers' name of the attention kernel; None is its choice.
     files : tuple
@@ -50,6 +53,7 @@ class BackboneSpec:
     double_quant: bool
     compute_dtype: torch.dtype
     device: torch.device
+    spread: bool = False
     attn_implementation: str | None = None
     files: tuple = ()
 
@@ -107,7 +111,7 @@ class Backbone:
                 revision=spec.revision,
                 quantization_config=_quantization_config(spec),
                 dtype=_storage_dtype(spec),
-                device_map={"": spec.device},
+                **_placement(spec),
                 attn_implementation=spec.attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -203,6 +207,19 @@ def _quantization_config(spec: BackboneSpec) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=spec.compute_dtype,
         llm_int8_skip_modules=[],  # a headless base has no layer to keep out
     )
+
+
+def _placement(spec: BackboneSpec) -> dict[str, Any]:
+    """Where the weights go, in the words of `from_pretrained`.
+
+    "sequential" fills one device after the other, whole blocks at a time, and lets accelerate's
+    hooks carry the hidden states across: with all on one device there are none.
+    """
+    if not spec.spread:
+        return {"device_map": {"": spec.device}}
+    devices = range(torch.cuda.device_count())
+    room = {i: int(SHARE_OF_WEIGHTS * torch.cuda.mem_get_info(i)[0]) for i in devices}
+    return {"device_map": "sequential", "max_memory": room}
 
 
 def _storage_dtype(spec: BackboneSpec) -> torch.dtype:

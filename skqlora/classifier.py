@@ -47,7 +47,9 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         Of the products with the base's weights. "auto" is bfloat16 where the hardware multiplies
         it. Adapter and head are always float32.
     device : str, default="auto"
-        A torch device; "auto" takes CUDA, then XPU, then the CPU.
+        A torch device; "auto" takes CUDA, then XPU, then the CPU. Where a base does not fit on the
+        first of several GPUs, "auto" puts the rest of its layers on the next ones, which then
+        compute in turn.
     attn_implementation : str, default=None
         Attention kernel, by transformers' name: "sdpa", "eager", "flash_attention_2" ... None
         leaves the choice to transformers.
@@ -403,7 +405,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
 
     def _backbone_spec(self) -> "BackboneSpec":
         from skqlora.backbone import BackboneSpec, describe_files
-        from skqlora.device import resolve_compute_dtype, resolve_device
+        from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 
         device = resolve_device(self.device)
         return BackboneSpec(
@@ -413,6 +415,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             double_quant=bool(self.double_quant) and self.quantization is not None,
             compute_dtype=resolve_compute_dtype(self.compute_dtype, device),
             device=device,
+            spread=self.device == "auto" and may_spread(device),
             attn_implementation=self.attn_implementation,
             files=describe_files(os.fspath(self.model)),
         )

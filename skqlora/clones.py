@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class CloneShape(NamedTuple):
 
 
 class AdaptedClone:
-    """A clone of a base's module tree with LoRA layers, whose values are one flat buffer.
+    """A clone of a base's module tree with LoRA layers, whose values are one flat buffer a device.
 
     It shares every tensor of the base and owns only its modules and the adapter, which is float32
     whatever the base computes in. No dropout acts.
@@ -71,8 +71,8 @@ class AdaptedClone:
     Attributes
     ----------
     module : transformers.PreTrainedModel
-    values : FlatParameters
-        LoRA's parameters by their names in the module.
+    segments : list of FlatParameters
+        LoRA's parameters by their names in the module: one for each device that the base is on.
     shape : CloneShape
 
     Raises
@@ -92,7 +92,11 @@ class AdaptedClone:
             )
         self.module.eval()  # PEFT's modules start in training mode
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.values = FlatParameters(trained)
+        by_device: dict[torch.device, dict[str, nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            by_device.setdefault(parameter.device, {})[name] = parameter
+        self.segments = [FlatParameters(parameters) for parameters in by_device.values()]
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         # DoRA's magnitudes start as the norms of the base's weights (arXiv 2402.09353, eq. 5).
         self._magnitudes = {
             name: p.detach().cpu().numpy().copy()
@@ -100,6 +104,16 @@ class AdaptedClone:
             if "lora_magnitude_vector" in name
         }
         self._active: weakref.ref[AdapterState] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the adapter in memory."""
+        return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of the adapter's values."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
 
     @property
     def layers(self) -> list[Any]:
@@ -115,10 +129,10 @@ class AdaptedClone:
         self.deactivate()
         self._scale(lora)
         generator = torch.Generator().manual_seed(seed)
-        self.values.write(
+        self._write(
             {
                 name: self._first_value(name, shape, lora, generator)
-                for name, shape in self.values.shapes.items()
+                for name, shape in self._shapes.items()
             }
         )
 
@@ -127,7 +141,7 @@ class AdaptedClone:
         if self.holds(state):
             return
         self._scale(state.lora)
-        self.values.write(state.lora_tensors)
+        self._write(state.lora_tensors)
         self.note_active(state)
 
     def holds(self, state: AdapterState | None) -> bool:
@@ -165,6 +179,17 @@ class AdaptedClone:
         for hook in hooks:
             hook.remove()
         return [axes[layer].pop() if len(axes[layer]) == 1 else None for layer in layers]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Return a copy of the adapter's values, by name in the module."""
+        values: dict[str, np.ndarray] = {}
+        for segment in self.segments:
+            values |= segment.read()
+        return values
+
+    def _write(self, values: Mapping[str, np.ndarray]) -> None:
+        for segment in self.segments:
+            segment.write(values)
 
     def _scale(self, lora: LoraSettings) -> None:
         for layer in self.layers:
@@ -208,7 +233,7 @@ class ClonePool:
     def nbytes(self) -> int:
         """Size of the kept adapters in memory."""
         with self._lock:
-            return sum(clone.values.nbytes for clone in self._free)
+            return sum(clone.nbytes for clone in self._free)
 
     @contextmanager
     def lease(
@@ -237,7 +262,7 @@ class ClonePool:
             self._free.append(clone)
             while len(self._free) > 1 and (
                 len(self._free) > MAX_FREE_CLONES
-                or sum(clone.values.nbytes for clone in self._free) > self._max_free_bytes
+                or sum(clone.nbytes for clone in self._free) > self._max_free_bytes
             ):
                 self._free.pop(0)
 

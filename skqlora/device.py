@@ -35,6 +35,15 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def may_spread(device: torch.device) -> bool:
+    """Whether a base that was given no device may go on to others: to the GPUs after the first.
+
+    Not under `torchrun`, where each process has a GPU of its own.
+    """
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return device == torch.device("cuda", 0) and torch.cuda.device_count() > 1 and not in_group
+
+
 def _is_available(kind: str, index: int = 0) -> bool:
     return kind == "cpu" or index < getattr(torch, kind).device_count()
 

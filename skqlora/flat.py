@@ -42,11 +42,6 @@ class FlatParameters:
             parameter.data = view
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each parameter."""
-        return {name: shape for name, (_, shape) in self._slots.items()}
-
-    @property
     def nbytes(self) -> int:
         """Size of the values in memory."""
         return self.leaf.nbytes
@@ -57,7 +52,7 @@ class FlatParameters:
         Parameters
         ----------
         values : mapping of str to ndarray
-            float32, of the parameters' names and shapes.
+            float32, of the parameters' names and shapes; others are left out.
         """
         flat = torch.zeros(self.leaf.shape, dtype=torch.float32)
         host = flat.numpy()

@@ -3,7 +3,6 @@
 Knows nothing of texts or of how it is trained.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -221,8 +220,7 @@ class TextClassifierModel(nn.Module):
 
     def count_trainable(self) -> int:
         """Count the parameters of the adapter and the head."""
-        shapes = self.clone.values.shapes.values()
-        return sum(math.prod(s) for s in shapes) + sum(p.numel() for p in self.head.parameters())
+        return self.clone.n_parameters + sum(p.numel() for p in self.head.parameters())
 
     def capture(self, max_length: int) -> AdapterState:
         """Copy the adapter and the head out of the model, to NumPy and without the base.
@@ -234,7 +232,7 @@ class TextClassifierModel(nn.Module):
             pooling=self.pooling,
             max_length=max_length,
             fingerprint=self.backbone.fingerprint,
-            lora_tensors=self.clone.values.read(),
+            lora_tensors=self.clone.read(),
             head_tensors={name: _to_numpy(p) for name, p in self.head.named_parameters()},
         )
         self.clone.note_active(state)

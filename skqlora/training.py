@@ -156,10 +156,12 @@ class _Updater:
         self.settings = settings
         self.device = model.backbone.spec.device
         self.ranks = Ranks.current()
-        self.segments = [model.clone.values, FlatParameters(dict(model.head.named_parameters()))]
+        head = FlatParameters(dict(model.head.named_parameters()))
+        self.segments = [*model.clone.segments, head]
         for segment in self.segments:
             segment.attach_gradients()
-        rates = [settings.learning_rate, settings.head_learning_rate]
+        rates = [settings.learning_rate] * len(model.clone.segments)
+        rates.append(settings.head_learning_rate)
         groups = [
             {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
             for segment, rate in zip(self.segments, rates, strict=True)
@@ -250,13 +252,18 @@ def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
             f"Got gradient_checkpointing=True but {type(encoder).__name__} has no single stack of "
             "like blocks. Pass gradient_checkpointing=False."
         )
+    # accelerate's hooks, too, are a `forward` of the block itself, over that of its class.
+    hooked = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # uncovers the method of the class
+        for block, forward in zip(blocks, hooked, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _checkpointed(forward, *args, **kwargs):

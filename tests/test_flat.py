@@ -47,7 +47,7 @@ def test_flat_update_equals_the_update_of_single_tensors(optim):
 
 def test_values_are_written_and_read_by_name():
     flat = FlatParameters(make_parameters())
-    values = {name: np.full(shape, 7, np.float32) for name, shape in flat.shapes.items()}
+    values = {name: np.full(value.shape, 7, np.float32) for name, value in flat.read().items()}
     flat.write(values)
     for name, value in flat.read().items():
         np.testing.assert_array_equal(value, values[name])

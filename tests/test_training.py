@@ -1,11 +1,13 @@
 """The loop: accumulation, checkpointing, precision and schedule change what they should."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from helpers import (
     LORA,
     lora_parameters,
@@ -16,7 +18,10 @@ from helpers import (
 )
 from transformers import get_scheduler
 
+from skqlora.backbone import Backbone
+from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
+from skqlora.model import transformer_blocks
 from skqlora.training import (
     _count_warmup_steps,
     _Updater,
@@ -196,3 +201,42 @@ def test_learning_rate_by_width():
     assert scaled_learning_rate("llama", 2000) == pytest.approx(5e-4)
     assert scaled_learning_rate("bert", 384) == pytest.approx(1.8e-3, rel=0.02)
     assert scaled_learning_rate("qwen3", 1024) == pytest.approx(5.27e-4, rel=0.01)
+
+
+@pytest.fixture
+def split(backbone):
+    """A base whose blocks are on devices of their own, as far as accelerate's hooks know."""
+    module = Backbone.load(backbone.spec).module
+    blocks = dict(module.named_modules())
+    blocks = {
+        name: "cpu"
+        for name in blocks
+        if re.fullmatch(r"(encoder\.layer|layers)\.\d|.*embed[^.]*", name)
+    }
+    others = {
+        name: "cpu" for name, _ in module.named_children() if name not in ("encoder", "layers")
+    }
+    dispatch_model(module, others | blocks, force_hooks=True)
+    assert all(hasattr(block, "_hf_hook") for block in transformer_blocks(module))
+    return replace(backbone, module=module, clones=ClonePool(module, backbone.nbytes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_base_that_is_spread_over_devices_trains_as_another(backbone, split, checkpointing):
+    def blocks_without_forward():
+        return [b for b in transformer_blocks(split.module) if "forward" not in b.__dict__]
+
+    one = adapter_after(backbone, gradient_checkpointing=checkpointing)
+    for _ in range(2):
+        spread = adapter_after(split, gradient_checkpointing=checkpointing)
+        np.testing.assert_array_equal(spread, one)
+    assert not blocks_without_forward()
+
+
+def test_hooks_of_a_clone_act_on_the_clone(split):
+    clone = make_model(split).encoder
+    base = set(split.module.modules())
+    for block in transformer_blocks(clone):
+        assert block._old_forward.__self__ is block
+        assert block.forward.args == (block,)
+        assert block not in base

@@ -1,0 +1,313 @@
+"""
+What sharing one frozen base costs and saves: a search over the rank, many estimators, prediction.
+
+Prints a Markdown table of figures beside their targets and writes them as JSON::
+
+    python bench_search.py                                    # docstrings and the embedded MiniLM
+    python bench_search.py --csv train.csv --rows 600         # columns text and label
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import psutil
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+from skqlora import QLoRAClassifier, backbone_cache_info, clear_backbone_cache
+
+RANKS = [4, 8, 16]
+FOLDS = 3
+MODULE = Path(__file__)
+
+
+def main():
+    options = parse_arguments()
+    texts, labels = load_texts(options)
+    clf = QLoRAClassifier(
+        options.model, random_state=0, num_train_epochs=options.epochs, max_length=64, device="cpu"
+    )
+    rows = [
+        *bench_search(clf, texts, labels, options.repeats),
+        *bench_switches(clf, texts, labels),
+        *bench_prediction(clf, texts, labels, options.repeats),
+        *bench_memory(clf, texts[:64], labels[:64], options.estimators),
+        bench_used_process(clf, texts[:96], labels[:96]),
+    ]
+    machine = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rows": len(texts),
+        "classes": len(set(labels)),
+        "epochs": options.epochs,
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print("\n| what | measured | target |\n|---|---|---|")
+    for name, value, target in rows:
+        print(f"| {name} | {value} | {target} |")
+    options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
+    parser.add_argument("--csv", help="table of texts (default: docstrings)")
+    parser.add_argument("--rows", type=int, default=600, help="of the table")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--estimators", type=int, default=30, help="kept alive at once")
+    parser.add_argument("--output", type=Path, default=Path("bench_search.json"))
+    options = parser.parse_args()
+    options.model = options.model or quick_start().minilm_folder()
+    return options
+
+
+def load_texts(options):
+    """Return shuffled texts and labels."""
+    example = quick_start()
+    if options.csv is None:
+        texts, labels = example.load_docstrings()
+    else:
+        texts, labels = example.read_csv(options.csv, "text", "label")
+    chosen = np.random.RandomState(0).permutation(len(texts))[: options.rows]
+    return [texts[i] for i in chosen], [labels[i] for i in chosen]
+
+
+def quick_start():
+    """Import the quick start, which has the texts and the model."""
+    path = MODULE.parent.parent / "01_quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# A search
+
+
+def bench_search(clf, texts, labels, repeats):
+    """Count the loads and injections of a search; time it against its fits and scores alone."""
+    folds = list(StratifiedKFold(FOLDS).split(texts, labels))
+    clear_backbone_cache()
+    with counted_injections() as injections:
+        grid_search(clf, texts, labels, folds)
+    info = backbone_cache_info()
+    n_injections = injections.call_count
+    ratios = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        grid_search(clf, texts, labels, folds)
+        whole = time.perf_counter() - start
+        ratios.append(whole / fits_and_scores_alone(clf, texts, labels, folds))
+    n_fits = len(RANKS) * FOLDS + 1
+    return [
+        (f"loads of the base in {n_fits} fits of a search", info.misses, "1"),
+        (f"injections of LoRA for {len(RANKS)} ranks", n_injections, f"{len(RANKS)}"),
+        (
+            "search / its fits and scores alone, warm",
+            f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+            "1.10",
+        ),
+    ]
+
+
+def grid_search(clf, texts, labels, folds):
+    search = GridSearchCV(clf, {"lora_r": RANKS}, cv=folds, error_score="raise")
+    return search.fit(texts, labels)
+
+
+def fits_and_scores_alone(clf, texts, labels, folds):
+    """Sum of the seconds of what a search does, each timed on its own."""
+    seconds = 0.0
+    texts, labels = np.array(texts, dtype=object), np.array(labels)
+    for rank in RANKS:
+        for train, test in folds:
+            candidate = clone(clf).set_params(lora_r=rank)
+            start = time.perf_counter()
+            candidate.fit(texts[train], labels[train]).score(texts[test], labels[test])
+            seconds += time.perf_counter() - start
+    best = clone(clf).set_params(lora_r=RANKS[-1])
+    start = time.perf_counter()
+    best.fit(texts, labels)
+    return seconds + time.perf_counter() - start
+
+
+@contextmanager
+def counted_injections():
+    """Count the times that PEFT puts LoRA layers into a clone."""
+    from skqlora.clones import AdaptedClone
+
+    make = AdaptedClone.__init__
+    with patch.object(AdaptedClone, "__init__", autospec=True, side_effect=make) as spy:
+        yield spy
+
+
+# Estimators in turn
+
+
+def bench_switches(clf, texts, labels):
+    """Milliseconds to predict one text: same adapter, another of its shape, another shape."""
+    few = slice(0, 64)
+    short = clone(clf).set_params(num_train_epochs=1)
+    fitted = [
+        clone(short).set_params(lora_r=r, random_state=s).fit(texts[few], labels[few])
+        for r, s in [(8, 0), (8, 1), (16, 2)]
+    ]
+
+    def predict(i):
+        start = time.perf_counter()
+        fitted[i].predict(texts[:1])
+        return (time.perf_counter() - start) * 1e3
+
+    clear_clones(clf)
+    predict(0)
+    same = np.median([predict(0) for _ in range(30)])
+    turns = np.median([predict(i % 2) for i in range(60)])
+    new = []
+    for _ in range(10):
+        clear_clones(clf)
+        new.append(predict(2))
+    loads = backbone_cache_info().misses
+    return [
+        ("one text, adapter active", f"{same:.1f} ms", ""),
+        ("... after another estimator of its shape (one copy)", f"{turns:.1f} ms", ""),
+        ("... with a new shape (one injection)", f"{np.median(new):.1f} ms", ""),
+        ("loads of the base so far", loads, "1"),
+    ]
+
+
+def clear_clones(clf):
+    """Drop the free clones of the base."""
+    backbone_of(clf).clones._free.clear()
+
+
+def backbone_of(clf):
+    from skqlora.cache import get_backbone
+
+    return get_backbone(clf._backbone_spec())
+
+
+# Prediction
+
+
+def bench_prediction(clf, texts, labels, repeats):
+    """Ratio of `predict` of one text to a forward pass of the same model."""
+    from skqlora.model import TextClassifierModel
+    from skqlora.tokenization import load_tokenizer
+
+    fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
+    backbone, spec = backbone_of(clf), clf._backbone_spec()
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    tokens = tokenizer.tokenize(texts[:1], fitted.adapter_.max_length, backbone.vocab_size)
+    input_ids, mask = tokens.batch(np.arange(1))
+
+    def seconds(work):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    with TextClassifierModel.restored(backbone, fitted.adapter_) as model:
+        bare = torch.no_grad()(lambda: model(input_ids, mask))
+        with_base = torch.no_grad()(lambda: backbone.module(input_ids, attention_mask=mask))
+    fitted.predict(texts[:1])
+    ratios, to_base = [], []
+    for _ in range(20 * repeats):
+        predict = seconds(lambda: fitted.predict(texts[:1]))
+        ratios.append(predict / seconds(bare))
+        to_base.append(predict / seconds(with_base))
+    return [
+        ("predict of one text / bare forward pass", f"{np.median(ratios):.2f}", "1.25"),
+        ("... / forward pass of the base without adapter", f"{np.median(to_base):.2f}", ""),
+    ]
+
+
+# Memory
+
+
+def bench_memory(clf, texts, labels, n_estimators):
+    """Resident memory for each estimator that is kept alive, and for each that is not."""
+    short = clone(clf).set_params(num_train_epochs=1)
+
+    def fit(seed):
+        return clone(short).set_params(random_state=seed).fit(texts, labels)
+
+    for seed in range(5):  # allocators and caches fill
+        fit(seed)
+    kept, resident = [], []
+    for seed in range(n_estimators):
+        kept.append(fit(seed))
+        resident.append(resident_bytes())
+    slope = np.polyfit(np.arange(n_estimators), resident, 1)[0]
+    state = kept[0].adapter_
+    arrays = [*state.lora_tensors.values(), *state.head_tensors.values()]
+    size = sum(array.nbytes for array in arrays)
+    thrown = []
+    for seed in range(50):
+        fit(seed)
+        thrown.append(resident_bytes())
+    drift = np.polyfit(np.arange(40), thrown[10:], 1)[0]
+    return [
+        (
+            f"resident memory of each of {n_estimators} estimators kept",
+            f"{slope / 1024:.0f} KiB",
+            f"{(size + 65536) / 1024:.0f} KiB (adapter and head {size / 1024:.0f} + 64)",
+        ),
+        ("... of each of 50 fits thrown away", f"{drift / 1024:.1f} KiB", "0"),
+        ("pickle of one", f"{len(pickle.dumps(kept[0])) / 1024:.0f} KiB", ""),
+    ]
+
+
+def resident_bytes():
+    return psutil.Process().memory_info().rss
+
+
+# A used process
+
+
+def bench_used_process(clf, texts, labels):
+    """Compare a fit in this process, after many others, with one in a new process."""
+    few = clone(clf).set_params(num_train_epochs=1)
+    clone(few).set_params(lora_r=3).fit(texts[:40], ["a", "b"] * 20).predict(texts)
+    clone(few).set_params(compute_dtype="float32", use_dora=True).fit(texts, labels)
+    interrupt = patch("skqlora.training._refuse_divergence", side_effect=KeyboardInterrupt)
+    with interrupt, suppress(KeyboardInterrupt):
+        clone(few).fit(texts, labels)
+    used = digest(clone(few).fit(texts, labels))
+    code = (
+        "import importlib.util, pickle, sys, torch\n"
+        "spec = importlib.util.spec_from_file_location('bench', sys.argv[1])\n"
+        "bench = importlib.util.module_from_spec(spec); spec.loader.exec_module(bench)\n"
+        "threads, clf, texts, labels = pickle.load(sys.stdin.buffer)\n"
+        "torch.set_num_threads(threads); print(bench.digest(clf.fit(texts, labels)))"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", code, MODULE],
+        input=pickle.dumps((torch.get_num_threads(), few, texts, labels)),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    same = fresh.stdout.decode().strip() == used
+    return ("a fit here equals one in a fresh process", "bit for bit" if same else "NO", "yes")
+
+
+def digest(fitted):
+    """SHA-256 of the adapter and the head."""
+    state = fitted.adapter_
+    arrays = [*state.lora_tensors.values(), *state.head_tensors.values()]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
