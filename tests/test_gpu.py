@@ -175,3 +175,33 @@ def test_predictions_do_not_depend_on_the_batch(medium):
     together = predict_logits(model, tokens)
     alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
     np.testing.assert_allclose(np.array(alone), together, rtol=0, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_base_that_does_not_fit_on_one_gpu_is_spread_over_two(medium, monkeypatch):
+    alone = make_model(cuda_backbone(medium), lora_dropout=0.1)
+    free = torch.cuda.mem_get_info(0)[0]
+    monkeypatch.setattr("skqlora.backbone.SHARE_OF_WEIGHTS", 0.6 * alone.backbone.nbytes / free)
+    both = make_model(cuda_backbone(medium, spread=True), lora_dropout=0.1)
+    assert {p.device.index for p in both.encoder.parameters()} == {0, 1}
+    assert len(both.clone.segments) == 2
+    curves = [train(m, random_tokens(), TARGETS, make_settings()) for m in (alone, both)]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-2)
+    expected = predict_logits(alone, random_tokens())
+    np.testing.assert_allclose(predict_logits(both, random_tokens()), expected, atol=5e-2)
+
+
+def test_second_predict_takes_no_more_memory(model, corpus):
+    clf = make_classifier(model, device="cuda").fit(*corpus)
+    clf.predict(corpus[0])
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        clf.predict(corpus[0])
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_estimators_that_are_kept_take_no_gpu_memory(model, corpus):
+    kept = [make_classifier(model, device="cuda", random_state=i).fit(*corpus) for i in range(3)]
+    before = torch.cuda.memory_allocated()
+    kept += [make_classifier(model, device="cuda", random_state=i).fit(*corpus) for i in range(10)]
+    assert torch.cuda.memory_allocated() - before < 65536
