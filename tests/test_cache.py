@@ -4,13 +4,16 @@ import gc
 import re
 import weakref
 from shutil import copytree, rmtree
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import make_backbone, make_classifier
+from sklearn.model_selection import GridSearchCV, cross_validate
 
 import skqlora
 from skqlora import backbone_cache_info, clear_backbone_cache
+from skqlora.clones import AdaptedClone
 from skqlora.fingerprint import fingerprint_source
 
 
@@ -193,3 +196,29 @@ def test_folder_that_changes_while_it_is_read_is_refused(encoder, tmp_path, monk
         make_backbone(str(folder))
     gc.collect()
     assert backbone_cache_info().n_backbones == 0
+
+
+def test_search_and_its_estimators_load_one_base_and_inject_once_a_rank(encoder, corpus):
+    texts, labels = corpus
+    make = AdaptedClone.__init__
+    with patch.object(AdaptedClone, "__init__", autospec=True, side_effect=make) as injections:
+        clf = make_classifier(encoder, num_train_epochs=1)
+        GridSearchCV(clf, {"lora_r": [4, 8, 16]}, cv=3, error_score="raise").fit(texts, labels)
+        assert injections.call_count == 3
+        found = cross_validate(clf, texts, labels, cv=3, return_estimator=True)
+        for _ in range(2):
+            for estimator in found["estimator"]:
+                estimator.predict(texts[:1])
+        assert injections.call_count == 3
+    assert backbone_cache_info().misses == 1
+
+
+def test_fits_that_are_thrown_away_leave_no_clone_behind(encoder, corpus):
+    def alive():
+        gc.collect()
+        return sum(type(x) is AdaptedClone for x in gc.get_objects())
+
+    before = alive()
+    for seed in range(4):
+        make_classifier(encoder, num_train_epochs=1, random_state=seed).fit(*corpus)
+    assert alive() == before + 1

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import joblib
 import numpy as np
@@ -97,16 +98,37 @@ def test_same_seed_same_classifier_in_another_process_too(model, corpus, tmp_pat
         assert_equal_adapters(first, other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fit_in_a_used_process_equals_one_in_a_fresh_process(
+    model, corpus, dtype, tmp_path, monkeypatch
+):
+    texts, labels = corpus
+    other = make_classifier(model, compute_dtype=dtype, random_state=5)
+    other.fit(texts, ["a", "b"] * 24).predict(texts)  # another number of classes, the same shape
+    make_classifier(model, compute_dtype=dtype, lora_r=7).fit(texts, labels)
+    make_classifier(model, compute_dtype=dtype, use_dora=True, lora_dropout=0.3).fit(texts, labels)
+    make_classifier(model, compute_dtype=dtype, lora_alpha=9, batch_size=3).fit(texts, labels)
+    make_classifier(model, quantization=None).fit(texts, labels)
+    for error in (RuntimeError, KeyboardInterrupt):
+        with monkeypatch.context() as patch:
+            patch.setattr("skqlora.training._refuse_divergence", Mock(side_effect=error))
+            with pytest.raises(error):
+                other.fit(texts, labels)
+    used = make_classifier(model, compute_dtype=dtype).fit(texts, labels)
+    assert_equal_adapters(used, fit_in_another_process(model, tmp_path, compute_dtype=dtype))
+
+
 def test_bfloat16_is_reproducible_too(model, corpus):
     first, again = (make_classifier(model, compute_dtype="bfloat16").fit(*corpus) for _ in "ab")
     assert_equal_adapters(first, again)
 
 
-def fit_in_another_process(model, folder):
+def fit_in_another_process(model, folder, **params):
     script = (
         "import sys, joblib, torch, tiny; from helpers import make_classifier\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
-        "joblib.dump(make_classifier(sys.argv[1]).fit(*tiny.corpus()), sys.argv[2])"
+        f"clf = make_classifier(sys.argv[1], **{params!r}).fit(*tiny.corpus())\n"
+        "joblib.dump(clf, sys.argv[2])"
     )
     path = folder / "fitted.joblib"
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
