@@ -61,9 +61,9 @@ class FlatParameters:
         self.leaf.data.copy_(flat)
 
     def read(self) -> dict[str, np.ndarray]:
-        """Return a copy of every parameter: one copy from the device."""
-        host = self.leaf.detach().cpu().numpy()
-        return {name: self._view(host, name).copy() for name in self._slots}
+        """Return a copy of every parameter: one copy from the device, of which they are views."""
+        host = self.leaf.detach().to("cpu", copy=True).numpy()
+        return {name: self._view(host, name) for name in self._slots}
 
     def attach_gradients(self) -> None:
         """Give the parameters gradients that are views of the leaf's: zeros, to add to.
