@@ -14,10 +14,9 @@ On a machine with GPUs that is one process for each GPU, over several machines `
 """
 
 import argparse
-import importlib.util
+import importlib
 import os
 import time
-from pathlib import Path
 
 import joblib
 import torch
@@ -59,7 +58,7 @@ def main():
     options = parser.parse_args()
 
     rank, n_ranks = join_the_others()
-    example = load_quick_start()
+    example = importlib.import_module("01_quickstart")
     if options.csv is None:
         texts, labels = example.load_docstrings()
     else:
@@ -84,15 +83,6 @@ def main():
         print(f"{n_ranks} process(es): fit {seconds:.1f} s, accuracy {accuracy:.3f}")
     if n_ranks > 1:
         distributed.destroy_process_group()
-
-
-def load_quick_start():
-    """Import the quick start, which has the texts and the model."""
-    path = Path(__file__).parent / "01_quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -2,8 +2,14 @@
 
 import csv
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
+
+import joblib
+import pandas as pd
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -42,3 +48,75 @@ def test_docstrings_do_not_name_their_function():
         "kmeans", "Run kmeans of `scipy.cluster` on data.\n\nParameters\n-----\n"
     )
     assert text == "Run of on data."
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Let the examples find the quick start, whose texts they share."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.mark.usefixtures("examples")
+def test_search_on_a_cluster(encoder, monkeypatch, capsys):
+    options = ["--model", encoder, "--rows", "60"]
+    monkeypatch.setattr(sys, "argv", ["search", *options])
+    load_example("02_search_on_a_cluster").main()
+    printed = capsys.readouterr().out
+    assert printed.count("the base was loaded 1 time(s)") == 2
+    assert "'lora_r': 16, 'num_train_epochs': 2}: 0." in printed
+
+
+@pytest.mark.usefixtures("examples")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # in dask
+def test_large_tables(encoder, monkeypatch, tmp_path, capsys):
+    options = ["--model", encoder, "--rows", "500", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["large", *options])
+    example = load_example("03_large_tables")
+    example.main()
+    assert "in chunks: 500 rows" in capsys.readouterr().out
+    in_chunks = pd.read_csv(tmp_path / "labelled.csv")
+    on_cluster = pd.read_parquet(tmp_path / "labelled")
+    assert in_chunks["text"].tolist() == on_cluster["text"].tolist()
+    # On one thread a worker rounds otherwise, so that a few texts may tip over.
+    assert (in_chunks["label"].to_numpy() == on_cluster["label"].to_numpy()).mean() > 0.98
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_data_parallel_training(encoder, corpus, tmp_path, n_processes):
+    table, output = tmp_path / "train.csv", tmp_path / "fitted.joblib"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *zip(*corpus, strict=True)])
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    command = [sys.executable, *launcher] if n_processes > 1 else [sys.executable]
+    script = [EXAMPLES / "04_data_parallel.py", "--model", encoder, "--csv", table]
+    result = subprocess.run(
+        [*command, *script, "--output", output], capture_output=True, text=True, check=True
+    )
+    assert f"{n_processes} process(es): fit" in result.stdout
+    assert len(joblib.load(output).classes_) == 3
+
+
+def test_benchmark_of_a_search(encoder, tmp_path):
+    output = tmp_path / "figures.json"
+    script = [EXAMPLES / "benchmarks" / "bench_search.py", "--model", encoder, "--output", output]
+    options = [
+        "--rows",
+        "96",
+        "--epochs",
+        "1",
+        "--repeats",
+        "1",
+        "--estimators",
+        "4",
+        "--fits",
+        "6",
+    ]
+    result = subprocess.run(
+        [sys.executable, *script, *options], capture_output=True, text=True, check=True
+    )
+    assert "| loads of the base in 10 fits of a search | 1 | 1 |" in result.stdout
+    assert "| injections of LoRA for 3 ranks | 3 | 3 |" in result.stdout
+    assert (
+        "| a fit here equals one in a fresh process | bit for bit | bit for bit |" in result.stdout
+    )
+    assert len(json.loads(output.read_text())["rows"]) == 13

@@ -11,11 +11,12 @@ import argparse
 import ctypes
 import gc
 import hashlib
-import importlib.util
+import importlib
 import json
 import multiprocessing
 import pickle
 import platform
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,7 +45,9 @@ def main():
         *bench_switches(clf, texts, labels),
         *bench_prediction(clf, texts, labels, options.repeats),
         bench_used_process(clf, texts[:96], labels[:96]),
-        *in_fresh_process(bench_memory, clf, texts[:64], labels[:64], options.estimators),
+        *in_fresh_process(
+            bench_memory, clf, texts[:64], labels[:64], options.estimators, options.fits
+        ),
     ]
     machine = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -68,6 +71,7 @@ def parse_arguments():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--estimators", type=int, default=30, help="kept alive at once")
+    parser.add_argument("--fits", type=int, default=50, help="thrown away")
     parser.add_argument("--output", type=Path, default=Path("bench_search.json"))
     options = parser.parse_args()
     options.model = options.model or quick_start().minilm_folder()
@@ -87,11 +91,8 @@ def load_texts(options):
 
 def quick_start():
     """Import the quick start, which has the texts and the model."""
-    path = Path(__file__).parent.parent / "01_quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    return importlib.import_module("01_quickstart")
 
 
 # A search
@@ -236,7 +237,7 @@ def bench_prediction(clf, texts, labels, repeats):
 # Memory
 
 
-def bench_memory(clf, texts, labels, n_estimators):
+def bench_memory(clf, texts, labels, n_estimators, n_fits):
     """Resident memory for each estimator that is kept alive, and for each that is not."""
     short = clone(clf).set_params(num_train_epochs=1)
 
@@ -256,17 +257,17 @@ def bench_memory(clf, texts, labels, n_estimators):
     arrays = [*state.lora_tensors.values(), *state.head_tensors.values()]
     size = sum(array.nbytes for array in arrays)
     thrown = []
-    for _ in range(50):
+    for _ in range(n_fits):
         fit()
         thrown.append(resident_bytes())
-    drift = np.polyfit(np.arange(50), thrown, 1)[0]
+    drift = np.polyfit(np.arange(n_fits), thrown, 1)[0]
     return [
         (
             f"resident memory of each of {n_estimators} estimators kept",
             f"{slope / 1024:.0f} KiB",
             f"{(size + 65536) / 1024:.0f} KiB (adapter and head {size / 1024:.0f} + 64)",
         ),
-        ("... of each of 50 fits thrown away", f"{drift / 1024:.1f} KiB", "0"),
+        (f"... of each of {n_fits} fits thrown away", f"{drift / 1024:.1f} KiB", "0"),
         ("pickle of one", f"{len(pickle.dumps(kept[0])) / 1024:.0f} KiB", ""),
     ]
 

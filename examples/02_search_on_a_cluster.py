@@ -1,0 +1,79 @@
+r"""
+A grid search on a cluster: joblib's Dask backend
+=================================================
+
+scikit-learn hands its independent fits to joblib, and joblib can hand them to a Dask cluster. Not
+a line of the search changes. Each worker loads the base once and keeps it for all the fits that it
+is given; what comes back is an adapter.
+
+Without options the cluster is two processes on this machine. With one that runs already (on
+Kubernetes, Slurm, or started with ``dask scheduler`` and ``dask worker``)::
+
+    python 02_search_on_a_cluster.py --scheduler tcp://10.0.0.1:8786 --model Qwen/Qwen3-0.6B-Base
+
+Needs the extra ``dask``: ``pip install "skqlora[dask]"``, on the workers too.
+"""
+
+import argparse
+import importlib
+import time
+
+import dask
+import joblib
+from dask.distributed import Client
+from sklearn.model_selection import GridSearchCV
+
+from skqlora import QLoRAClassifier, backbone_cache_info
+
+# %%
+# A cluster
+# ---------
+# One thread a worker: a fit already uses all the cores that its process may. On machines with
+# GPUs, start one worker for each GPU and show it that one alone (``CUDA_VISIBLE_DEVICES``, or the
+# package ``dask-cuda``).
+
+
+def connect(scheduler):
+    """Return a client of a running cluster, or of a new one of two processes on this machine."""
+    if scheduler:
+        return Client(scheduler)
+    # By default a worker gives freed memory back at once, which the next layer asks for again.
+    dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None})
+    return Client(n_workers=2, threads_per_worker=1, dashboard_address=None)
+
+
+# %%
+# The search
+# ----------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Grid search on a Dask cluster.")
+    parser.add_argument("--scheduler", help="address of a cluster (default: two processes here)")
+    parser.add_argument("--model", help="Hub id or folder (default: the embedded MiniLM)")
+    parser.add_argument("--rows", type=int, default=150, help="training texts")
+    options = parser.parse_args()
+
+    example = importlib.import_module("01_quickstart")
+    texts, labels = example.load_docstrings()
+    step = -(-len(texts) // options.rows)
+    texts, labels = texts[::step], labels[::step]
+    clf = QLoRAClassifier(options.model or example.minilm_folder(), random_state=0)
+    search = GridSearchCV(
+        clf, {"lora_r": [4, 16], "num_train_epochs": [1, 2]}, cv=2, error_score="raise"
+    )
+    with connect(options.scheduler) as client:
+        start = time.perf_counter()
+        with joblib.parallel_config(backend="dask"):
+            search.fit(texts, labels)
+        print(f"{len(texts)} texts, {time.perf_counter() - start:.1f} s")
+        # The best one was fitted again in this process. On each worker there is one base:
+        for worker, info in client.run(backbone_cache_info).items():
+            print(f"{worker}: the base was loaded {info.misses} time(s), found {info.hits} times")
+    results = search.cv_results_
+    for params, score in zip(results["params"], results["mean_test_score"], strict=True):
+        print(f"  {params}: {score:.3f}")
+
+
+if __name__ == "__main__":
+    main()
