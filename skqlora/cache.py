@@ -5,6 +5,7 @@ Loads torch at the first base only, so that `import skqlora` stays light.
 
 import gc
 import os
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -205,8 +206,12 @@ def clear_backbone_cache():
     Fitted classifiers stay as they are: their next prediction loads its base again. A base that a
     `fit` is using in another thread is freed when that ends.
     """
+    if "skqlora.tokenization" not in sys.modules:
+        return  # nothing was ever loaded
+    from skqlora.architecture import check_architecture
     from skqlora.tokenization import load_tokenizer
 
+    check_architecture.cache_clear()
     load_tokenizer.cache_clear()
     _cache.clear()
 
