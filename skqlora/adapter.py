@@ -27,7 +27,7 @@ class LoraSettings:
 class AdapterState:
     """What a fit leaves behind: everything that is not in the base.
 
-    Its arrays are read-only: a base may still hold a copy of them.
+    Nothing of it may be changed, since a base may still hold a copy: its arrays are read-only.
 
     Attributes
     ----------

@@ -5,7 +5,7 @@ of its module tree, which shares every tensor with it.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,10 @@ class Backbone:
         """
         read_config(spec.model, spec.revision)  # a folder that is gone is refused with the remedy
         fingerprint = fingerprint_source(spec.model, spec.revision)
-        with drawing_nothing():  # a pooler that the checkpoint lacks, before it is dropped
+        with (
+            torch.inference_mode(False),
+            drawing_nothing(),
+        ):  # a pooler that the checkpoint lacks, before it is dropped
             module, loading = AutoModel.from_pretrained(
                 spec.model,
                 revision=spec.revision,
@@ -117,6 +120,7 @@ class Backbone:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+        _refuse_offloading(spec, module)
         if describe_files(spec.model) != spec.files:
             raise ValueError(
                 f"The folder model={spec.model!r} changed while it was read. Wanted: files that "
@@ -222,6 +226,16 @@ def _placement(spec: BackboneSpec) -> dict[str, Any]:
     return {"device_map": "sequential", "max_memory": room}
 
 
+def _refuse_offloading(spec: BackboneSpec, module: PreTrainedModel) -> None:
+    places = set(getattr(module, "hf_device_map", {}).values())
+    if spec.spread and places & {"cpu", "disk"}:
+        raise ValueError(
+            f"model={spec.model!r} does not fit on the {torch.cuda.device_count()} GPUs here. "
+            "Wanted: all of it on GPUs, which alone train it. Take a smaller model, or "
+            "quantization='nf4'."
+        )
+
+
 def _storage_dtype(spec: BackboneSpec) -> torch.dtype:
     """Dtype of what is not quantized: embeddings and norms, or everything."""
     if spec.quantization is None:
@@ -305,8 +319,12 @@ def describe_files(model: str) -> tuple:
     folder = Path(model)
     if not folder.is_dir():
         return ()
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    return folder.resolve(), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    files = []
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # a temporary file of somebody who writes there
+            if path.is_file():
+                files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return folder.resolve(), *files
 
 
 def _count_bytes(module: PreTrainedModel) -> int:

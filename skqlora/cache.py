@@ -90,9 +90,18 @@ class _BackboneCache:
                 del self._bases[other]
         _free_memory()  # also what a failed load left
         backbone = self._load_alone_if_memory_is_short(spec, verbose)
+        n_bytes = backbone.nbytes
+        if limit is not None and n_bytes > limit:
+            warnings.warn(
+                f"{LIMIT_VARIABLE} is {limit}, but model={spec.model!r} takes {n_bytes} bytes: it "
+                "is not kept and will be loaded again at each fit and predict. Raise the limit, or "
+                "remove it from the environment.",
+                stacklevel=2,
+            )
+            return backbone
         with self._lock:
             self._bases[spec] = backbone
-            self._evict(spec.device, limit)
+            self._evict(spec.device, _memory(spec.device) // 2 if limit is None else limit)
         _free_memory()
         return backbone
 
@@ -114,23 +123,14 @@ class _BackboneCache:
             _free_memory()
             return Backbone.load(spec)
 
-    def _evict(self, device: "torch.device", limit: int | None) -> None:
-        """Drop bases of a device until the rest are within the limit, the newest one last."""
+    def _evict(self, device: "torch.device", limit: int) -> None:
+        """Drop bases of a device until the rest are within the limit, but for the newest."""
         there = {spec: b.nbytes for spec, b in self._bases.items() if spec.device == device}
-        total, newest = sum(there.values()), next(reversed(there))
-        for spec, n_bytes in there.items():
-            if total <= (_memory(device) // 2 if limit is None else limit):
+        total = sum(there.values())
+        for spec in list(there)[:-1]:
+            if total <= limit:
                 break
-            if spec == newest and limit is None:
-                break
-            if spec == newest:
-                warnings.warn(
-                    f"{LIMIT_VARIABLE} is {limit}, but model={spec.model!r} takes {n_bytes} bytes: "
-                    "it is not kept and will be loaded again at each fit and predict. Raise the "
-                    "limit, or remove it from the environment.",
-                    stacklevel=2,
-                )
-            total -= n_bytes
+            total -= there[spec]
             del self._bases[spec]
 
 
@@ -206,14 +206,13 @@ def clear_backbone_cache():
     Fitted classifiers stay as they are: their next prediction loads its base again. A base that a
     `fit` is using in another thread is freed when that ends.
     """
-    if "skqlora.tokenization" not in sys.modules:
-        return  # nothing was ever loaded
-    from skqlora.architecture import check_architecture
-    from skqlora.tokenization import load_tokenizer
+    if "torch" in sys.modules:  # else nothing was ever loaded
+        from skqlora.architecture import check_architecture
+        from skqlora.tokenization import load_tokenizer
 
-    check_architecture.cache_clear()
-    load_tokenizer.cache_clear()
-    _cache.clear()
+        check_architecture.cache_clear()
+        load_tokenizer.cache_clear()
+        _cache.clear()
 
 
 def backbone_cache_info():

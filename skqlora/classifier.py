@@ -267,6 +267,9 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             possible to tell.
         FloatingPointError
             If the training diverges.
+        RuntimeError
+            In a fork of a process that has computed on threads; in two threads of one process of a
+            `torch.distributed` group.
         """
         self._validate_params()
         texts = check_texts(X)
@@ -300,20 +303,25 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         backbone = get_backbone(spec, verbose=bool(self.verbose))
         recipe = self._training_settings(architecture.model_type, backbone.hidden_size)
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        labels = classes.tolist(), targets.tolist()
-        settings = lora, recipe, self.lora_dropout, self.pooling, max_length, backbone.fingerprint
-        seed = Ranks.current().agree(seed, texts, labels, settings)
-        with TextClassifierModel.fresh(
-            backbone,
-            lora,
-            n_classes=len(classes),
-            pooling=self.pooling,
-            seed=seed,
-            lora_dropout=self.lora_dropout,
-        ) as model:
-            loss_curve = train(model, tokens, targets, recipe, seed=seed, verbose=self.verbose)
-            adapter = model.capture(max_length)
-            footprint = backbone.footprint(model.count_trainable())
+        ranks = Ranks.current()
+        with ranks.one_fit_at_a_time():
+            seed = ranks.agree(
+                seed,
+                (texts, classes.tolist(), targets.tolist()),
+                (lora, recipe, self.lora_dropout, self.pooling, max_length),
+                (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
+            )
+            with TextClassifierModel.fresh(
+                backbone,
+                lora,
+                n_classes=len(classes),
+                pooling=self.pooling,
+                seed=seed,
+                lora_dropout=self.lora_dropout,
+            ) as model:
+                loss_curve = train(model, tokens, targets, recipe, seed=seed, verbose=self.verbose)
+                adapter = model.capture(max_length)
+                footprint = backbone.footprint(model.count_trainable())
 
         # Only now, so that a failure leaves an older fit as it was.
         self.classes_ = classes
@@ -408,8 +416,10 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 
         device = resolve_device(self.device)
+        model = os.fspath(self.model)
+        files = describe_files(model)
         return BackboneSpec(
-            model=os.fspath(self.model),
+            model=str(files[0]) if files else model,  # one base for all ways to write a path
             revision=self.revision,
             quantization=self.quantization,
             double_quant=bool(self.double_quant) and self.quantization is not None,
@@ -417,7 +427,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             device=device,
             spread=self.device == "auto" and may_spread(device),
             attn_implementation=self.attn_implementation,
-            files=describe_files(os.fspath(self.model)),
+            files=files,
         )
 
     def _lora_settings(self) -> LoraSettings:

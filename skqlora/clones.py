@@ -81,6 +81,7 @@ class AdaptedClone:
         If PEFT finds no module of that name in the base.
     """
 
+    @torch.inference_mode(False)  # or a first prediction within it would spoil later fits
     def __init__(self, base: PreTrainedModel, lora: LoraSettings, keep_pooler: bool):
         self.shape = CloneShape.of(lora, keep_pooler)
         self.module = clone_module(base)
@@ -140,6 +141,7 @@ class AdaptedClone:
         """Put a captured adapter on the clone: one copy, or none if it is there already."""
         if self.holds(state):
             return
+        self.deactivate()
         self._scale(state.lora)
         self._write(state.lora_tensors)
         self.note_active(state)

@@ -4,11 +4,16 @@ Knows nothing of models or optimizers. Without a process group there is one rank
 """
 
 import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+_fit_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,29 @@ class Ranks:
         Every `size`-th, because a batch is sorted by length: each rank gets long and short rows.
         """
         return np.arange(self.rank, n_rows, self.size)
+
+    @contextmanager
+    def one_fit_at_a_time(self) -> Iterator[None]:
+        """Refuse a second fit beside another of this rank: their sums would meet.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread of this process is within it.
+        """
+        if self.size == 1:
+            yield
+            return
+        if not _fit_lock.acquire(blocking=False):
+            raise RuntimeError(
+                "Two threads of one process of a torch.distributed group call fit at once, where "
+                "each fit sums its gradients over all processes. Wanted: one fit after the other, "
+                "e.g. n_jobs=1."
+            )
+        try:
+            yield
+        finally:
+            _fit_lock.release()
 
     def sum_up(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by the sum over all ranks, the same bits on each: one all-reduce."""

@@ -155,7 +155,12 @@ class TextClassifierModel(nn.Module):
             If the base cannot be pooled this way, or PEFT finds none of the target modules.
         """
         pooling = _resolve_pooling(pooling, backbone)
-        with backbone.lease(lora, keep_pooler=pooling == "pooler") as clone:
+        keep_pooler = pooling == "pooler"
+        with (
+            torch.inference_mode(False),  # whatever the caller computes in
+            torch.enable_grad(),
+            backbone.lease(lora, keep_pooler=keep_pooler) as clone,
+        ):
             clone.start(lora, seed)
             model = cls(backbone, clone, lora, pooling, n_classes)
             _start_head(model.head, seed)
@@ -210,8 +215,6 @@ class TextClassifierModel(nn.Module):
 
     def train(self, mode: bool = True) -> "TextClassifierModel":
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
-        if mode:
-            self.clone.deactivate()  # its values will change
         self.training = mode
         for layer in self.clone.layers:
             layer.training = mode  # DoRA asks the layer, not its dropout
@@ -247,7 +250,8 @@ class TextClassifierModel(nn.Module):
         layers = self.clone.layers
         for number, (layer, row_axis) in enumerate(zip(layers, self.clone.row_axes, strict=True)):
             if row_axis is not None:
-                layer.lora_dropout[ADAPTER] = RowDropout(p, seed, number, row_axis, self.clock)
+                dropout = RowDropout(p, seed, number, row_axis, self.clock)
+                layer.lora_dropout[ADAPTER] = dropout.eval()
         yield
         for layer in layers:
             layer.lora_dropout[ADAPTER] = nn.Identity()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-_threaded_process: int | None = None  # the process in which torch has run on several threads
+_threaded_process: int | None = None  # the process that has computed on several threads
 _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU's UUID
 _lock = threading.Lock()
 
@@ -36,7 +36,9 @@ def refuse_fork_of_threads() -> None:
             "'threading' instead of 'multiprocessing', or the 'spawn' or 'forkserver' context of "
             "multiprocessing."
         )
-    if torch.get_num_threads() > 1:
+    # A thread of Python's own may hold a lock at the moment of the fork, which then never opens.
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread or torch.get_num_threads() > 1:
         _threaded_process = os.getpid()
 
 

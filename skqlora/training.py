@@ -184,6 +184,7 @@ class _Updater:
 
     def step(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Update the weights once from `rows`; return this rank's part of their mean loss."""
+        self.model.clone.deactivate()
         for segment in self.segments:
             segment.gradient.zero_()
         loss = self.zero()

@@ -10,6 +10,8 @@ import torch
 from helpers import make_classifier
 from torch import distributed
 
+from skqlora.distributed import Ranks
+
 CASES = {
     "dropout": {"lora_dropout": 0.3},
     "micro-batches": {"batch_size": 2, "gradient_accumulation_steps": 8},
@@ -35,14 +37,26 @@ def main(model, folder):
         "other labels": {"y": list(np.roll(labels, rank))},
         "other order": {"X": texts[rank:] + texts[:rank]},
         "other rank of LoRA": {"lora_r": 2 + rank},
+        "other dtype": {"compute_dtype": ["float32", "bfloat16"][rank]},
+        "other quantization": {"quantization": ["nf4", None][rank]},
     }.items():
         data = {"X": change.pop("X", texts), "y": change.pop("y", labels)}
         try:
             make_classifier(model, **change).fit(**data)
         except ValueError as error:
             fitted[name] = str(error)
+    fitted["two at once"] = fit_beside_a_fit(model, texts, labels)
     joblib.dump(fitted, Path(folder) / f"{rank}.joblib")
     distributed.destroy_process_group()
+
+
+def fit_beside_a_fit(model, texts, labels):
+    """Return the message for a fit within another one of the same process."""
+    with Ranks.current().one_fit_at_a_time():
+        try:
+            make_classifier(model).fit(texts, labels)
+        except RuntimeError as error:
+            return str(error)
 
 
 if __name__ == "__main__":

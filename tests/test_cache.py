@@ -3,12 +3,13 @@
 import gc
 import re
 import weakref
+from pathlib import Path
 from shutil import copytree, rmtree
 from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import make_backbone, make_classifier
+from helpers import assert_equal_adapters, make_backbone, make_classifier
 from sklearn.model_selection import GridSearchCV, cross_validate
 
 import skqlora
@@ -49,7 +50,6 @@ def test_whatever_changes_a_base_makes_another(encoder, change):
 
 def test_attention_kernel_is_the_one_that_was_asked_for(encoder, corpus):
     eager = make_classifier(encoder, attn_implementation="eager").fit(*corpus)
-    assert make_backbone(encoder, attn_implementation="eager").module.config._attn_implementation
     (backbone,) = skqlora.cache._cache._bases.values()
     assert backbone.module.config._attn_implementation == "eager"
     other = make_classifier(encoder).fit(*corpus)
@@ -114,6 +114,38 @@ def test_limit_below_one_base_loads_it_again_and_says_so(model, corpus, monkeypa
         assert (clf.predict_proba(corpus[0]) == expected).all()
     info = backbone_cache_info()
     assert (info.misses, info.hits, info.n_backbones, info.bytes) == (2, 0, 0, 0)
+
+
+def test_base_over_the_limit_leaves_the_others_alone(tiny_model, monkeypatch):
+    small, large = tiny_model("electra"), tiny_model("bert")
+    size = make_backbone(small).nbytes
+    assert size < make_backbone(large).nbytes
+    clear_backbone_cache()
+    monkeypatch.setenv("SKQLORA_BACKBONE_CACHE_BYTES", str(size))
+    base = make_backbone(small)
+    with pytest.warns(UserWarning, match="it is not kept"):
+        make_backbone(large)
+    assert make_backbone(small) is base
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_base_that_was_first_used_without_gradients_trains(model, corpus, context):
+    expected = make_classifier(model).fit(*corpus)
+    clear_backbone_cache()
+    with context():
+        expected.predict(corpus[0])
+        inside = make_classifier(model).fit(*corpus)
+    assert_equal_adapters(inside, expected)
+    assert_equal_adapters(make_classifier(model).fit(*corpus), expected)
+    assert backbone_cache_info().misses == 1
+
+
+def test_folder_is_one_base_however_its_path_is_written(encoder, corpus, monkeypatch):
+    path = Path(encoder)
+    monkeypatch.chdir(path.parent)
+    for name in (encoder, path, f"{encoder}/", path.name):
+        make_classifier(name, num_train_epochs=1).fit(*corpus)
+    assert backbone_cache_info().misses == 1
 
 
 @pytest.mark.parametrize("text", ["8 GB", "-1", "nan"])

@@ -225,6 +225,17 @@ def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
         np.testing.assert_array_equal(predict_logits(model, random_tokens()), expected)
 
 
+def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbone, pool):
+    state = make_model(backbone).capture(max_length=32)
+    broken = replace(state, lora=replace(LORA, lora_alpha=99), lora_tensors={})
+    with lease(pool) as clone:
+        clone.activate(state)
+        with pytest.raises(KeyError):
+            clone.activate(broken)
+        clone.activate(state)
+        assert {layer.scaling["default"] for layer in clone.layers} == {1}
+
+
 def test_threads_that_load_and_start_adapters_do_not_disturb_each_other(tiny_model, tmp_path):
     source = tiny_model("roberta")
     folders = [copytree(source, tmp_path / str(i)) for i in range(6)]

@@ -60,8 +60,17 @@ def test_ranks_keep_to_the_thread_that_they_were_given(fitted):
     assert [result["threads"] for result in results] == [1, 1]
 
 
-@pytest.mark.parametrize("case", ["other labels", "other order", "other rank of LoRA"])
+@pytest.mark.parametrize(
+    "case",
+    ["other labels", "other order", "other rank of LoRA", "other dtype", "other quantization"],
+)
 def test_ranks_with_different_calls_are_refused(fitted, case):
     _, results = fitted
     for result in results:
         assert "The texts, labels or parameters of rank 1 are not those of rank 0" in result[case]
+
+
+def test_second_fit_at_once_on_a_rank_is_refused(fitted):
+    _, results = fitted
+    for result in results:
+        assert "Wanted: one fit after the other" in result["two at once"]

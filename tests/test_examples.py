@@ -62,7 +62,8 @@ def test_search_on_a_cluster(encoder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["search", *options])
     load_example("02_search_on_a_cluster").main()
     printed = capsys.readouterr().out
-    assert printed.count("the base was loaded 1 time(s)") == 2
+    assert "the base was loaded 1 time(s)" in printed
+    assert "the base was loaded 2 time(s)" not in printed
     assert "'lora_r': 16, 'num_train_epochs': 2}: 0." in printed
 
 
@@ -119,4 +120,4 @@ def test_benchmark_of_a_search(encoder, tmp_path):
     assert (
         "| a fit here equals one in a fresh process | bit for bit | bit for bit |" in result.stdout
     )
-    assert len(json.loads(output.read_text())["rows"]) == 13
+    assert len(json.loads(output.read_text())["rows"]) == 14

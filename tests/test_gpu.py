@@ -2,6 +2,7 @@
 
 import pickle
 
+import bitsandbytes as bnb
 import numpy as np
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from helpers import (
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache
+from skqlora.optimizer import PagedPool
 from skqlora.training import _Updater, predict_logits, train
 
 pytestmark = pytest.mark.gpu
@@ -200,8 +202,20 @@ def test_second_predict_takes_no_more_memory(model, corpus):
     assert torch.cuda.memory_allocated() == before
 
 
-def test_estimators_that_are_kept_take_no_gpu_memory(model, corpus):
-    kept = [make_classifier(model, device="cuda", random_state=i).fit(*corpus) for i in range(3)]
-    before = torch.cuda.memory_allocated()
-    kept += [make_classifier(model, device="cuda", random_state=i).fit(*corpus) for i in range(10)]
+def test_estimators_that_are_kept_take_no_gpu_memory_paged_or_not(medium, corpus, monkeypatch):
+    allocate, paged = bnb.functional.get_paged, []
+    monkeypatch.setattr(
+        bnb.functional, "get_paged", lambda *a, **k: paged.append(a) or allocate(*a, **k)
+    )
+    monkeypatch.setattr("skqlora.optimizer.paged_pool", PagedPool())
+
+    def fit(seed):
+        clf = make_classifier(medium, device="cuda", random_state=seed, num_train_epochs=1)
+        return clf.fit(*corpus)
+
+    kept = [fit(seed) for seed in range(2)]
+    before, n_paged = torch.cuda.memory_allocated(), len(paged)
+    assert n_paged > 0
+    kept += [fit(seed) for seed in range(8)]
     assert torch.cuda.memory_allocated() - before < 65536
+    assert len(paged) == n_paged

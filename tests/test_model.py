@@ -88,6 +88,12 @@ def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
     assert dropout(x) is x
 
 
+def test_fresh_model_drops_nothing_until_it_is_trained(backbone):
+    dropping, plain = make_model(backbone, lora_dropout=0.5), make_model(backbone)
+    expected = predict_logits(plain, random_tokens())
+    np.testing.assert_array_equal(predict_logits(dropping, random_tokens()), expected)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_base_is_never_in_training_mode(backbone, use_dora):
     lora = replace(LORA, use_dora=use_dora)

@@ -12,6 +12,7 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 from skqlora import backbone_cache_info, clear_backbone_cache
 
 THREADS = {"backend": "threading", "n_jobs": 2}
+IN_TURN = {"backend": "sequential"}
 
 
 def test_voting_in_threads_equals_voting_in_turn(model, corpus):
@@ -25,10 +26,10 @@ def test_voting_in_threads_equals_voting_in_turn(model, corpus):
         ]
         clear_backbone_cache()
         with joblib.parallel_config(**options):
-            voting = VotingClassifier(members, voting="soft").fit(texts, labels)
+            voting = VotingClassifier(members, voting="soft", n_jobs=2).fit(texts, labels)
             return voting, voting.predict_proba(texts)
 
-    in_turn, expected = fit(backend="sequential")
+    in_turn, expected = fit(**IN_TURN)
     in_threads, probabilities = fit(**THREADS)
     assert backbone_cache_info().misses == 1
     np.testing.assert_array_equal(probabilities, expected)
@@ -46,7 +47,7 @@ def test_search_in_threads_equals_search_in_turn(model, corpus):
                 make_classifier(model, num_train_epochs=1), grid, cv=2, error_score="raise"
             ).fit(texts, labels)
 
-    in_turn, in_threads = search(backend="sequential"), search(**THREADS)
+    in_turn, in_threads = search(**IN_TURN), search(**THREADS)
     for name in ("mean_test_score", "split0_test_score", "params"):
         np.testing.assert_array_equal(in_threads.cv_results_[name], in_turn.cv_results_[name])
     assert_equal_adapters(in_threads.best_estimator_, in_turn.best_estimator_)
