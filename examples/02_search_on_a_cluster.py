@@ -39,7 +39,7 @@ def connect(scheduler):
         return Client(scheduler)
     # By default a worker gives freed memory back at once, which the next layer asks for again.
     dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None})
-    return Client(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    return Client(n_workers=2, threads_per_worker=1, dashboard_address=":0")
 
 
 # %%

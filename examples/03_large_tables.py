@@ -104,7 +104,7 @@ def main():
 
     # By default a worker gives freed memory back at once, which the next layer asks for again.
     dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None})
-    with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+    with Client(n_workers=2, threads_per_worker=1, dashboard_address=":0") as client:
         start = time.perf_counter()
         table = dd.read_csv(path, blocksize=Path(path).stat().st_size // 8, **READ)
         label_on_cluster(clf, table, folder / "labelled")
