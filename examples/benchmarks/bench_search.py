@@ -277,7 +277,9 @@ def bench_memory(clf, texts, labels, n_estimators, n_fits):
         ),
         (
             f"GPU memory, paged included, of each of {n_estimators} estimators kept",
-            f"{np.polyfit(np.arange(n_estimators), on_gpu, 1)[0] / 1024:.1f} KiB",
+            f"{np.polyfit(np.arange(n_estimators), on_gpu, 1)[0] / 1024:.1f} KiB"
+            if torch.cuda.is_initialized()
+            else "no GPU",
             "0",
         ),
         (f"resident memory of each of {n_fits} fits thrown away", f"{drift / 1024:.1f} KiB", "0"),
