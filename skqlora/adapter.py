@@ -23,7 +23,7 @@ class LoraSettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterState:
     """What a fit leaves behind: everything that is not in the base.
 
@@ -54,9 +54,36 @@ class AdapterState:
         for array in (*self.lora_tensors.values(), *self.head_tensors.values()):
             array.setflags(write=False)
 
+    def __repr__(self) -> str:
+        tensors = (*self.lora_tensors.values(), *self.head_tensors.values())
+        n_bytes = sum(tensor.nbytes for tensor in tensors)
+        return f"AdapterState(r={self.lora.r}, pooling={self.pooling!r}, {n_bytes / 1e6:.2f} MB)"
+
     def __setstate__(self, state):
         self.__dict__.update(state)
         self.__post_init__()  # a pickle forgets the flags
+
+
+@dataclass(frozen=True, repr=False)
+class OptimizerState:
+    """Where an optimizer stands, for training that goes on later.
+
+    Attributes
+    ----------
+    optim : str
+        Of which kind it is.
+    n_updates : int
+        Updates so far.
+    states : list of dict of str to ndarray or float
+        Moments, for each tensor that it updates.
+    """
+
+    optim: str
+    n_updates: int
+    states: list[dict[str, np.ndarray | float]]
+
+    def __repr__(self) -> str:
+        return f"OptimizerState(optim={self.optim!r}, n_updates={self.n_updates})"
 
 
 @dataclass(frozen=True)

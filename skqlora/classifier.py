@@ -2,29 +2,30 @@
 
 import os
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
+from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, Options, StrOptions
-from sklearn.utils.extmath import softmax
 from sklearn.utils.validation import check_is_fitted
 
-from skqlora.adapter import LoraSettings
-from skqlora.inputs import check_labels, check_texts
-from skqlora.quiet import import_libraries, muted
+from skqlora.callbacks import CallbackSupportMixin, with_callbacks
+from skqlora.fitting import fit_epochs, fit_piece
+from skqlora.inputs import (
+    LabelledTexts,
+    check_classes,
+    check_labelled_texts,
+    check_texts,
+    refuse_other_classes,
+)
+from skqlora.quiet import import_libraries
 
-if TYPE_CHECKING:  # torch and transformers load at first use
-    from skqlora.backbone import BackboneSpec
-    from skqlora.training import TrainingSettings
-
-AUTO_MAX_LENGTH = 512  # tokens
-HEAD_RATE_FACTOR = 5.0  # of the head's learning rate over LoRA's
+DOC_LINK = "https://skqlora.readthedocs.io/stable/{estimator_module}.{estimator_name}.html"
 SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 
 
-class QLoRAClassifier(ClassifierMixin, BaseEstimator):
+class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     """Text classifier that fine-tunes a 4-bit language model with QLoRA.
 
     `fit` loads the model in 4-bit NF4 with double quantization, adds low-rank adapters (LoRA) to
@@ -99,23 +100,52 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         The gradient is scaled down to this L2 norm. None leaves it.
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}, default="paged_adamw_32bit"
         bitsandbytes' paged AdamW, whose state moves to the host when the GPU is full, or torch's.
+    class_weight : dict, list of dict, "balanced" or None, default=None
+        Weights of the classes, by label; a class that is left out has weight 1. For multilabel
+        targets a list with a dict ``{0: weight, 1: weight}`` for each label. "balanced" is
+        ``n_texts / (n_classes * count)``. They multiply `sample_weight`.
+    early_stopping : bool, default=False
+        Score held-out texts after each epoch, stop when that no longer rises, and keep the adapter
+        of the best epoch.
+    validation_fraction : float, default=0.1
+        Share of the texts that early stopping holds out, in the classes' proportions, unless `fit`
+        gets `X_val`. A class with a single text keeps it for training.
+    n_iter_no_change : int, default=2
+        Epochs in a row without a rise after which early stopping stops.
+    tol : float, default=1e-4
+        A rise of the score is more than this.
+    scoring : str, callable or None, default=None
+        What early stopping scores: a name or a callable as in scikit-learn, "loss" for the
+        negative cross-entropy, None for `score`.
+    warm_start : bool, default=False
+        `fit` goes on from the fitted adapter, with a new optimizer and schedule; the classes must
+        be the same. `n_iter_` and the curves go on too.
     random_state : int, RandomState instance or None, default=None
-        Of the adapter's and head's first values, the order of the texts and dropout. The global
-        random states are neither used nor changed, but that None draws a seed from NumPy's.
+        Of the adapter's and head's first values, what is held out, the order of the texts and
+        dropout. The global random states are neither used nor changed, but that None draws a seed
+        from NumPy's.
     verbose : int, default=0
         1 shows progress bars: of the fit, and of downloading and loading a model.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels, sorted.
+        The labels, sorted. For multilabel targets the numbers of their columns.
+    multilabel_ : bool
+        Whether a text has any number of labels.
     adapter_ : AdapterState
         The adapter and the head: megabytes, in NumPy arrays. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
     n_iter_ : int
         Epochs trained.
     loss_curve_ : list of float, of length n_iter_
-        Mean training cross-entropy of each epoch, in nats.
+        Mean training cross-entropy of each epoch, in nats; weighted as the training is.
+    validation_scores_ : list of float, or None without early stopping
+        Score of each epoch on the held-out texts.
+    best_validation_score_ : float, or None without early stopping
+        That of the adapter which was kept.
+    optimizer_state_ : OptimizerState, or None but after `partial_fit`
+        For the next `partial_fit`; twice the size of the adapter.
     footprint_ : Footprint
         Size of the base in memory, and of what was trained.
 
@@ -151,6 +181,9 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
     array(['card_arrival'], dtype=object)
     """
 
+    _doc_link_module = "skqlora"
+    _doc_link_template = DOC_LINK
+
     _parameter_constraints: ClassVar[dict[str, list]] = {
         "model": [str, os.PathLike],
         "revision": [str, None],
@@ -180,6 +213,13 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         "lr_scheduler_type": [StrOptions(SCHEDULES)],
         "max_grad_norm": [Interval(Real, 0, None, closed="neither"), None],
         "optim": [StrOptions({"paged_adamw_32bit", "paged_adamw_8bit", "adamw"})],
+        "class_weight": [dict, list, StrOptions({"balanced"}), None],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "scoring": [str, callable, None],
+        "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -214,6 +254,13 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
         optim="paged_adamw_32bit",
+        class_weight=None,
+        early_stopping=False,
+        validation_fraction=0.1,
+        n_iter_no_change=2,
+        tol=1e-4,
+        scoring=None,
+        warm_start=False,
         random_state=None,
         verbose=0,
     ):
@@ -244,17 +291,33 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         self.lr_scheduler_type = lr_scheduler_type
         self.max_grad_norm = max_grad_norm
         self.optim = optim
+        self.class_weight = class_weight
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.scoring = scoring
+        self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X, y):
+    @with_callbacks
+    def fit(self, X, y, sample_weight=None, *, X_val=None, y_val=None, sample_weight_val=None):
         """Fine-tune the model on texts and their labels.
 
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
-        y : array-like of shape (n_texts,)
-            Labels, of two classes or more.
+        y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
+                (n_texts, n_labels)
+            Labels, of two classes or more; or a multilabel indicator of 0 and 1.
+        sample_weight : array-like of shape (n_texts,), default=None
+            What each text counts in the loss. A text of weight 0 is left out.
+        X_val, y_val : like `X` and `y`, default=None
+            What early stopping scores, instead of a part of `X`. scikit-learn's searches cut
+            whatever is as long as `X` into folds: do not pass as many validation texts as texts.
+        sample_weight_val : array-like of shape (n_validation_texts,), default=None
+            Weights in that score.
 
         Returns
         -------
@@ -272,64 +335,54 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             `torch.distributed` group.
         """
         self._validate_params()
-        texts = check_texts(X)
-        classes, targets = check_labels(y, n_texts=len(texts))
+        table = check_labelled_texts(self._check_texts(X, reset=True), y, sample_weight)
+        held_out = self._check_validation(X_val, y_val, sample_weight_val, table.classes)
+        goes_on = self.warm_start and hasattr(self, "adapter_")
+        if goes_on:
+            refuse_other_classes(table, self.classes_, self.multilabel_)
+        return self._become(fit_epochs(self, table, held_out, goes_on=goes_on))
 
-        import_libraries()
-        from skqlora.architecture import check_architecture
-        from skqlora.cache import get_backbone
-        from skqlora.clones import refuse_missing_targets
-        from skqlora.distributed import Ranks
-        from skqlora.model import TextClassifierModel
-        from skqlora.processes import refuse_fork_of_threads
-        from skqlora.tokenization import load_tokenizer
-        from skqlora.training import train
+    def partial_fit(self, X, y, classes=None, sample_weight=None):
+        """Train one epoch on one piece of the data, going on from what was fitted before.
 
-        refuse_fork_of_threads()
-        spec, lora = self._backbone_spec(), self._lora_settings()
-        with muted(progress_bars=bool(self.verbose)):
-            architecture = check_architecture(
-                spec.model,
-                spec.revision,
-                quantized=spec.quantization is not None,
-                attn_implementation=spec.attn_implementation,
-                files=spec.files,
-            )
-            refuse_missing_targets(lora.target_modules, architecture.skeleton)
-        tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-        max_length = self._choose_max_length(architecture.max_positions, tokenizer.max_length)
-        tokens = tokenizer.tokenize(texts, max_length, architecture.vocab_size)
+        The optimizer goes on too. The learning rates do not decay, since nobody knows how much is
+        to come; a `warmup_steps` below 1 is none. Callbacks are not told.
 
-        backbone = get_backbone(spec, verbose=bool(self.verbose))
-        recipe = self._training_settings(architecture.model_type, backbone.hidden_size)
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        ranks = Ranks.current()
-        with ranks.one_fit_at_a_time():
-            seed = ranks.agree(
-                seed,
-                (texts, classes.tolist(), targets.tolist()),
-                (lora, recipe, self.lora_dropout, self.pooling, max_length),
-                (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
-            )
-            with TextClassifierModel.fresh(
-                backbone,
-                lora,
-                n_classes=len(classes),
-                pooling=self.pooling,
-                seed=seed,
-                lora_dropout=self.lora_dropout,
-            ) as model:
-                loss_curve = train(model, tokens, targets, recipe, seed=seed, verbose=self.verbose)
-                adapter = model.capture(max_length)
-                footprint = backbone.footprint(model.count_trainable())
+        Parameters
+        ----------
+        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
+                (n_texts, n_labels)
+        classes : array-like of shape (n_classes,), default=None
+            All labels that will come; for multilabel targets the numbers of the columns. Needed at
+            the first call, and no other ones may be given later.
+        sample_weight : array-like of shape (n_texts,), default=None
+            What each text counts in the loss.
 
-        # Only now, so that a failure leaves an older fit as it was.
-        self.classes_ = classes
-        self.adapter_ = adapter
-        self.n_iter_ = len(loss_curve)
-        self.loss_curve_ = loss_curve
-        self.footprint_ = footprint
-        return self
+        Returns
+        -------
+        self : QLoRAClassifier
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `fit`; if `classes` is missing, or `y` has other ones; if `early_stopping` or
+            ``class_weight="balanced"`` is set, which would need all data at once.
+        """
+        self._validate_params()
+        for name, value in [("early_stopping", True), ("class_weight", "balanced")]:
+            if getattr(self, name) == value:
+                raise ValueError(
+                    f"partial_fit does not support {name}={value!r}, which needs all data at once. "
+                    "Wanted: fit, or another value (for class weights a dict of numbers)."
+                )
+        goes_on = hasattr(self, "adapter_")
+        known = check_classes(classes, self.classes_ if goes_on else None)
+        texts = self._check_texts(X, reset=not goes_on)
+        table = check_labelled_texts(texts, y, sample_weight, known)
+        if goes_on:
+            refuse_other_classes(table, self.classes_, self.multilabel_)
+        return self._become(fit_piece(self, table, goes_on=goes_on))
 
     def predict(self, X):
         """Predict the label of each text.
@@ -344,6 +397,8 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             In the dtype of the labels that were fitted.
         """
         logits = self._logits(X)
+        if self.multilabel_:
+            return (logits > 0).astype(int)
         return self.classes_[logits.argmax(axis=1)]
 
     def predict_proba(self, X):
@@ -356,9 +411,11 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         probabilities : ndarray of shape (n_texts, n_classes)
-            The softmax of the logits, in the order of `classes_`.
+            The softmax of the logits, in the order of `classes_`. For multilabel targets the
+            sigmoid of each: of a label to be there.
         """
-        return softmax(self._logits(X))
+        logits = self._logits(X)
+        return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
 
     def predict_log_proba(self, X):
         """Predict the logarithm of the probability of each class.
@@ -372,7 +429,7 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
         log_probabilities : ndarray of shape (n_texts, n_classes)
         """
         logits = self._logits(X)
-        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        return log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
 
     def decision_function(self, X):
         """Compute the logits of each class.
@@ -388,95 +445,58 @@ class QLoRAClassifier(ClassifierMixin, BaseEstimator):
             ``classes_[1]``.
         """
         logits = self._logits(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        if logits.shape[1] == 2 and not self.multilabel_:
+            return logits[:, 1] - logits[:, 0]
+        return logits
 
     def _logits(self, X) -> np.ndarray:
         """Logits of shape (n_texts, n_classes), from the base of the process and the adapter."""
         check_is_fitted(self)
         self._validate_params()
-        texts = check_texts(X)
-
+        texts = self._check_texts(X, reset=False)
         import_libraries()
-        from skqlora.cache import get_backbone
-        from skqlora.model import TextClassifierModel
-        from skqlora.processes import refuse_fork_of_threads
-        from skqlora.tokenization import load_tokenizer
-        from skqlora.training import predict_logits
+        from skqlora.finetuning import compute_logits
 
-        refuse_fork_of_threads()
-        spec = self._backbone_spec()
-        backbone = get_backbone(spec, verbose=bool(self.verbose))
-        tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-        tokens = tokenizer.tokenize(texts, self.adapter_.max_length, backbone.vocab_size)
-        with TextClassifierModel.restored(backbone, self.adapter_) as model:
-            return predict_logits(model, tokens)
+        return compute_logits(self, self.adapter_, texts)
 
-    def _backbone_spec(self) -> "BackboneSpec":
-        from skqlora.backbone import BackboneSpec, describe_files
-        from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
+    def _check_texts(self, X, *, reset: bool) -> list[str]:
+        """Turn `X` into texts; `reset` says whether what is seen in it is to be remembered."""
+        return check_texts(X)
 
-        device = resolve_device(self.device)
-        model = os.fspath(self.model)
-        files = describe_files(model)
-        return BackboneSpec(
-            model=str(files[0]) if files else model,  # one base for all ways to write a path
-            revision=self.revision,
-            quantization=self.quantization,
-            double_quant=bool(self.double_quant) and self.quantization is not None,
-            compute_dtype=resolve_compute_dtype(self.compute_dtype, device),
-            device=device,
-            spread=self.device == "auto" and may_spread(device),
-            attn_implementation=self.attn_implementation,
-            files=files,
-        )
-
-    def _lora_settings(self) -> LoraSettings:
-        targets = self.target_modules
-        return LoraSettings(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            use_rslora=bool(self.use_rslora),
-            use_dora=bool(self.use_dora),
-            init_lora_weights=self.init_lora_weights,
-        )
-
-    def _training_settings(self, model_type: str, hidden_size: int) -> "TrainingSettings":
-        from skqlora.training import TrainingSettings, scaled_learning_rate
-
-        rate, head_rate = self.learning_rate, self.head_learning_rate
-        if rate == "auto":
-            rate = scaled_learning_rate(model_type, hidden_size)
-        if head_rate == "auto":
-            head_rate = HEAD_RATE_FACTOR * rate
-        return TrainingSettings(
-            num_train_epochs=self.num_train_epochs,
-            batch_size=self.batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            gradient_checkpointing=self.gradient_checkpointing,
-            learning_rate=rate,
-            head_learning_rate=head_rate,
-            weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps,
-            lr_scheduler_type=self.lr_scheduler_type,
-            max_grad_norm=self.max_grad_norm,
-            optim=self.optim,
-        )
-
-    def _choose_max_length(self, max_positions: int | None, tokenizer_max_length: int) -> int:
-        limit = min(max_positions or tokenizer_max_length, tokenizer_max_length)
-        if self.max_length == "auto":
-            return min(AUTO_MAX_LENGTH, limit)
-        if self.max_length > limit:
+    def _check_validation(self, X_val, y_val, sample_weight_val, classes) -> LabelledTexts | None:
+        """Check the texts to validate on as those to train on."""
+        if X_val is None and y_val is None and sample_weight_val is None:
+            return None
+        if X_val is None or y_val is None:
             raise ValueError(
-                f"Got max_length={self.max_length} but {self.model!r} takes {limit} tokens. Pass "
-                "at most that, or 'auto'."
+                f"Got {'y_val' if X_val is None else 'X_val'} without "
+                f"{'X_val' if X_val is None else 'y_val'}. Wanted: both, or neither."
             )
-        return self.max_length
+        if not self.early_stopping:
+            raise ValueError(
+                "Got X_val and y_val with early_stopping=False, which would not look at them. "
+                "Wanted: early_stopping=True, or neither."
+            )
+        texts = self._check_texts(X_val, reset=False)
+        return check_labelled_texts(texts, y_val, sample_weight_val, classes)
+
+    def _become(self, attributes):
+        """Set what is fitted, all at once: a failure before has left an older fit as it was."""
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        return self
+
+    def __getstate__(self):
+        """Leave callbacks out of a fitted estimator; on the way to a worker they are needed."""
+        state = super().__getstate__().copy()
+        if "adapter_" in state:
+            state.pop("_skl_callbacks", None)
+        return state
 
     def __sklearn_tags__(self):
-        """Tell scikit-learn that `X` is one-dimensional text."""
+        """Tell scikit-learn that `X` is one-dimensional text, and `y` may be multilabel."""
         tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
         tags.input_tags.string = True
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False

@@ -5,9 +5,10 @@ Knows nothing of models or optimizers. Without a process group there is one rank
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,8 +44,13 @@ class Ranks:
         return np.arange(self.rank, n_rows, self.size)
 
     @contextmanager
-    def one_fit_at_a_time(self) -> Iterator[None]:
+    def one_fit_at_a_time(self) -> Iterator["Ranks"]:
         """Refuse a second fit beside another of this rank: their sums would meet.
+
+        Yields
+        ------
+        ranks : Ranks
+            Itself.
 
         Raises
         ------
@@ -52,7 +58,7 @@ class Ranks:
             If another thread of this process is within it.
         """
         if self.size == 1:
-            yield
+            yield self
             return
         if not _fit_lock.acquire(blocking=False):
             raise RuntimeError(
@@ -61,7 +67,7 @@ class Ranks:
                 "e.g. n_jobs=1."
             )
         try:
-            yield
+            yield self
         finally:
             _fit_lock.release()
 
@@ -70,19 +76,21 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def agree(self, seed: int, *inputs: object) -> int:
-        """Return the first rank's seed, once all ranks are found to have the same inputs.
+    def from_first(self, value: Any) -> Any:
+        """Return the first rank's value on every rank: what is decided once for all."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def refuse_differences(self, inputs: Callable[[], object]) -> None:
+        """Refuse to train on ranks that were not given the same.
 
         Parameters
         ----------
-        seed : int
-            This rank's.
-        *inputs : object
-            What is the same if it prints the same.
-
-        Returns
-        -------
-        seed : int
+        inputs : callable
+            Returns what is the same if it prints the same; called if there are several ranks.
 
         Raises
         ------
@@ -90,15 +98,14 @@ class Ranks:
             If they differ: the ranks' updates would not belong together.
         """
         if self.size == 1:
-            return seed
-        digest = hashlib.sha256(repr(inputs).encode("utf-8")).hexdigest()
-        answers: list[tuple[int, str]] = [(seed, digest)] * self.size
-        dist.all_gather_object(answers, (seed, digest))
-        different = [rank for rank, (_, theirs) in enumerate(answers) if theirs != answers[0][1]]
+            return
+        digest = hashlib.sha256(repr(inputs()).encode("utf-8")).hexdigest()
+        digests = [digest] * self.size
+        dist.all_gather_object(digests, digest)
+        different = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
         if different:
             raise ValueError(
-                f"The texts, labels or parameters of rank {different[0]} are not those of rank 0. "
-                "Wanted: the same call of fit on each rank, with all texts in the same order; each "
-                "then trains on its share of every batch."
+                f"The texts, labels, weights or parameters of rank {different[0]} are not those of "
+                "rank 0. Wanted: the same call of fit on each rank, with all texts in the same "
+                "order; each then trains on its share of every batch."
             )
-        return answers[0][0]

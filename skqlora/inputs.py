@@ -1,10 +1,20 @@
-"""What texts and labels may look like: refused here, before anything is loaded, or made plain."""
+"""What texts, labels and weights may look like: refused here, or made plain.
 
+Knows nothing of models: bad input is told before one is loaded.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
+
+SEVERAL_LABELS = (
+    "Wanted: one label for each text. For several, pass a table of 0 and 1: "
+    "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
+)
 
 
 def check_texts(X: Any) -> list[str]:
@@ -51,58 +61,300 @@ def check_texts(X: Any) -> list[str]:
     return [_well_formed(text, position) for position, text in enumerate(values)]
 
 
-def check_labels(y: Any, n_texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Turn a user's labels into sorted classes and class numbers.
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with their labels as numbers, and their weights.
+
+    Attributes
+    ----------
+    texts : list of str, of length n_texts
+    classes : ndarray of shape (n_classes,)
+        In the labels' own dtype. For a multilabel indicator the numbers of its columns.
+    targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
+        Class numbers, or a multilabel indicator of 0 and 1.
+    sample_weight : ndarray of shape (n_texts,), float64, or None
+        Without zeros. None is one for each.
+    """
+
+    texts: list[str]
+    classes: np.ndarray
+    targets: np.ndarray
+    sample_weight: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a text has any number of labels instead of one class."""
+        return self.targets.ndim == 2
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels as the user wrote them."""
+        return self.targets if self.multilabel else self.classes[self.targets]
+
+    def take(self, rows: np.ndarray) -> "LabelledTexts":
+        """Select rows by number."""
+        return LabelledTexts(
+            texts=[self.texts[row] for row in rows],
+            classes=self.classes,
+            targets=self.targets[rows],
+            sample_weight=None if self.sample_weight is None else self.sample_weight[rows],
+        )
+
+
+def check_labelled_texts(
+    texts: list[str], y: Any, sample_weight: Any = None, classes: np.ndarray | None = None
+) -> LabelledTexts:
+    """Put checked texts, a user's labels and weights together; rows of weight zero are left out.
 
     Parameters
     ----------
-    y : array-like of shape (n_texts,)
-    n_texts : int
-
-    Returns
-    -------
-    classes : ndarray of shape (n_classes,)
-        In the labels' own dtype.
-    targets : ndarray of shape (n_texts,), int
+    texts : list of str, of length n_texts
+    y : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
+    sample_weight : array-like of shape (n_texts,) or float, optional
+    classes : ndarray of shape (n_classes,), optional
+        The only ones that there may be. Without them `y` must have two or more.
 
     Raises
     ------
     ValueError
-        If labels are missing, of mixed types, continuous, not one for each text, or all the same.
+        If labels or weights are not what they should be, or not one for each text.
+    """
+    classes, targets = check_labels(y, len(texts), classes)
+    table = LabelledTexts(texts, classes, targets, check_sample_weight(sample_weight, len(texts)))
+    if table.sample_weight is None:
+        return table
+    return table.take(np.flatnonzero(table.sample_weight))
+
+
+def check_labels(
+    y: Any, n_texts: int, classes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a user's labels into sorted classes and class numbers.
+
+    Parameters
+    ----------
+    y : array-like of shape (n_texts,), or array-like or sparse matrix of shape (n_texts, n_labels)
+        One label for each text, or a multilabel indicator of 0 and 1.
+    n_texts : int
+    classes : ndarray of shape (n_classes,), optional
+        Sorted; the only ones that there may be. Without them `y` must have two or more.
+
+    Returns
+    -------
+    classes : ndarray of shape (n_classes,)
+        In the labels' own dtype; the numbers of an indicator's columns.
+    targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
+
+    Raises
+    ------
+    ValueError
+        If labels are missing, of mixed types, continuous, not one for each text, all the same, or
+        not among `classes`; if an indicator has other values than 0 and 1.
     """
     if y is None:
         raise ValueError("QLoRAClassifier requires y to be passed, but the target y is None.")
-    # NumPy would turn ["a", nan] and ["a", 1] into text: look at a list's own entries first.
-    labels = np.array(y, dtype=object) if isinstance(y, (list, tuple)) else np.asarray(y)
-    if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] > 1):
-        raise ValueError(f"Got y of shape {labels.shape}. Wanted: one label for each text.")
-    labels = column_or_1d(labels, warn=True)
+    labels = _as_array(y)
     if len(labels) != n_texts:
         raise ValueError(
             f"Found inconsistent numbers of samples: {n_texts} texts in X but {len(labels)} labels "
             "in y. Wanted: one label for each text."
         )
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return _check_indicator(labels, classes)
+    labels = _check_column(column_or_1d(labels, warn=True))
+    if isinstance(y, (list, tuple)) and labels.dtype == object:
+        labels = labels.astype(str)  # as NumPy makes of a list
+    if classes is None:
+        classes, targets = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(
+                f"Got a y with only one class, {classes.tolist()[0]!r}. Wanted: at least two "
+                "classes."
+            )
+        return classes, targets
+    numbers = {label: number for number, label in enumerate(classes.tolist())}
+    unknown = [label for label in np.unique(labels).tolist() if label not in numbers]
+    if unknown:
+        raise ValueError(
+            f"Got labels in y that are not among the classes: {_short(unknown)}. Wanted: of "
+            f"{_short(classes.tolist())} alone. Drop those rows, or fit anew with all classes."
+        )
+    return classes, np.array([numbers[label] for label in labels.tolist()])
+
+
+def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
+    """Check the classes of data that comes in pieces.
+
+    Parameters
+    ----------
+    classes : array-like of shape (n_classes,) or None
+    earlier : ndarray of shape (n_classes,) or None
+        Those of the pieces before.
+
+    Returns
+    -------
+    classes : ndarray of shape (n_classes,)
+        Sorted.
+
+    Raises
+    ------
+    ValueError
+        If there are none, fewer than two, or other ones than before.
+    """
+    if classes is None:
+        if earlier is None:
+            raise ValueError(
+                "classes must be passed on the first call to partial_fit. Wanted: all labels that "
+                "will come."
+            )
+        return earlier
+    classes = np.unique(_check_column(column_or_1d(_as_array(classes))))
+    if len(classes) < 2:
+        raise ValueError(f"Got classes={classes.tolist()}. Wanted: at least two classes.")
+    if earlier is not None and not np.array_equal(classes, earlier):
+        raise ValueError(
+            f"Got classes={classes.tolist()} but those before are {earlier.tolist()}. Wanted: the "
+            "same at each call of partial_fit."
+        )
+    return classes
+
+
+def refuse_other_classes(table: LabelledTexts, classes: np.ndarray, multilabel: bool) -> None:
+    """Refuse to go on with a head that is not of the table's classes.
+
+    Raises
+    ------
+    ValueError
+        If they are not those that were fitted.
+    """
+    if not np.array_equal(table.classes, classes) or table.multilabel != multilabel:
+        kinds = [
+            "multilabel" if kind else "one for each text" for kind in (table.multilabel, multilabel)
+        ]
+        raise ValueError(
+            f"Got y of the classes {_short(table.classes.tolist())} ({kinds[0]}) but the fit to go "
+            f"on from has {_short(classes.tolist())} ({kinds[1]}). Wanted: the same classes, or a "
+            "fit with warm_start=False."
+        )
+
+
+def check_sample_weight(sample_weight: Any, n_texts: int) -> np.ndarray | None:
+    """Check a user's weights.
+
+    Parameters
+    ----------
+    sample_weight : array-like of shape (n_texts,), float or None
+    n_texts : int
+
+    Returns
+    -------
+    sample_weight : ndarray of shape (n_texts,), float64, or None
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, not finite, no number, or all are zero.
+    """
+    if sample_weight is None:
+        return None
+    weights = np.asarray(sample_weight)
+    if weights.dtype.kind not in "biuf":  # pandas' own numbers arrive as objects
+        try:
+            weights = weights.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Got a sample_weight that is not all numbers: {error}. Wanted: a number for each "
+                "text."
+            ) from error
+    weights = np.full(n_texts, weights) if weights.ndim == 0 else weights
+    if weights.shape != (n_texts,):
+        raise ValueError(
+            f"Got a sample_weight of shape {weights.shape}. Wanted: ({n_texts},), one weight for "
+            "each text."
+        )
+    weights = weights.astype(np.float64)
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"Got sample_weight[{bad[0]}] = {weights[bad[0]]}. Wanted: finite numbers, none of "
+            "them negative. A weight of 0 leaves a text out."
+        )
+    if not weights.any():
+        raise ValueError(
+            "Got a sample_weight of zeros alone. Wanted: at least one weight above zero."
+        )
+    return weights
+
+
+def _as_array(y: Any) -> np.ndarray:
+    """Turn labels into an array without making text of what is not."""
+    if scipy.sparse.issparse(y):
+        return y.toarray()
+    if not isinstance(y, (list, tuple)):
+        labels = np.asarray(y)
+        if labels.ndim == 0:
+            raise ValueError(f"Got y = {_short(y)}. Wanted: one label for each text.")
+        return labels
+    # NumPy would turn ["a", nan] and ["a", 1] into text: look at a list's own entries first.
+    try:
+        return np.array(y, dtype=object)
+    except ValueError as error:  # labels that are arrays of different lengths
+        raise ValueError(f"Got a y that is no array: {error}. {SEVERAL_LABELS}") from error
+
+
+def _check_column(labels: np.ndarray) -> np.ndarray:
+    """Refuse a column of labels that are not of one kind; return it in their dtype."""
+    if labels.dtype != object:
+        labels = _refuse_missing(labels)
+    else:
+        for position, label in enumerate(labels):
+            if isinstance(label, (list, tuple, set, frozenset, np.ndarray)):
+                raise ValueError(f"Got y[{position}] = {_short(label)}. {SEVERAL_LABELS}")
+        labels = _refuse_missing(labels)
+        if len({isinstance(label, str) for label in labels}) > 1:
+            types = sorted({type(label).__name__ for label in labels})
+            raise ValueError(
+                f"Got labels of the types {', '.join(types)} in y. Wanted: one type, e.g. "
+                "[str(label) for label in y]."
+            )
+        if not isinstance(labels[0], str):
+            labels = np.array(labels.tolist())  # numbers, bools or dates of a list or of pandas
+    check_classification_targets(labels)
+    return labels
+
+
+def _check_indicator(
+    labels: np.ndarray, classes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check a table of 0 and 1 that says which labels each text has."""
+    values = np.array(labels.tolist())
+    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        flat = labels.ravel().tolist()
+        other = next(value for value in flat if _is_missing(value) or value not in (0, 1))
+        raise ValueError(
+            f"Got y of shape {labels.shape} with {_short(other)} in it. Wanted: one label for each "
+            "text, or a multilabel indicator of 0 and 1 with a column for each label."
+        )
+    n_labels = values.shape[1]
+    if classes is not None and not np.array_equal(classes, np.arange(n_labels)):
+        raise ValueError(
+            f"Got a multilabel y with {n_labels} columns. Wanted: of the classes "
+            f"{_short(classes.tolist())}, as before."
+        )
+    return np.arange(n_labels), values.astype(np.int64)
+
+
+def _refuse_missing(labels: np.ndarray) -> np.ndarray:
     for position, label in enumerate(labels):
         if _is_missing(label):
             raise ValueError(
                 f"Got y[{position}] = {label}, a missing label. Wanted: a label in every row. Drop "
                 "the rows without one."
             )
-    if len({isinstance(label, str) for label in labels}) > 1:
-        types = sorted({type(label).__name__ for label in labels})
-        raise ValueError(
-            f"Got labels of the types {', '.join(types)} in y. Wanted: one type, e.g. "
-            "[str(label) for label in y]."
-        )
-    if isinstance(y, (list, tuple)):
-        labels = np.asarray(y)
-    check_classification_targets(labels)
-    classes, targets = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"Got a y with only one class, {classes.tolist()[0]!r}. Wanted: at least two classes."
-        )
-    return classes, targets
+    return labels
 
 
 def _well_formed(text: str, position: int) -> str:

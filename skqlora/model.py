@@ -131,6 +131,7 @@ class TextClassifierModel(nn.Module):
         *,
         seed: int = 0,
         lora_dropout: float = 0.0,
+        start: AdapterState | None = None,
     ) -> "Iterator[TextClassifierModel]":
         """Lease a clone with an adapter and a head to be trained.
 
@@ -144,6 +145,8 @@ class TextClassifierModel(nn.Module):
         seed : int, default=0
             Of LoRA's and the head's first values, and of dropout.
         lora_dropout : float, default=0.0
+        start : AdapterState, optional
+            Go on from this adapter instead of from first values.
 
         Yields
         ------
@@ -152,7 +155,8 @@ class TextClassifierModel(nn.Module):
         Raises
         ------
         ValueError
-            If the base cannot be pooled this way, or PEFT finds none of the target modules.
+            If the base cannot be pooled this way, PEFT finds none of the target modules, or
+            `start` is of another base or another shape.
         """
         pooling = _resolve_pooling(pooling, backbone)
         keep_pooler = pooling == "pooler"
@@ -161,9 +165,15 @@ class TextClassifierModel(nn.Module):
             torch.enable_grad(),
             backbone.lease(lora, keep_pooler=keep_pooler) as clone,
         ):
-            clone.start(lora, seed)
             model = cls(backbone, clone, lora, pooling, n_classes)
-            _start_head(model.head, seed)
+            if start is None:
+                clone.start(lora, seed)
+                _start_head(model.head, seed)
+            else:
+                _refuse_other_base(backbone, start)
+                _refuse_other_settings(lora, pooling, start)
+                clone.activate(start)
+                _write_head(model.head, start)
             with model._row_dropout(lora_dropout, seed):
                 yield model
 
@@ -181,20 +191,13 @@ class TextClassifierModel(nn.Module):
         ValueError
             If the base is not the one that the adapter was trained on.
         """
-        if backbone.fingerprint != state.fingerprint:
-            raise ValueError(
-                f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
-                f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
-                "Set `model` back to that base, or fit again."
-            )
+        _refuse_other_base(backbone, state)
         keep_pooler = state.pooling == "pooler"
         with backbone.lease(state.lora, keep_pooler=keep_pooler, holding=state) as clone:
             clone.activate(state)
             n_classes = len(state.head_tensors["weight"])
             model = cls(backbone, clone, state.lora, state.pooling, n_classes)
-            with torch.no_grad():
-                for name, parameter in model.head.named_parameters():
-                    parameter.copy_(torch.tensor(state.head_tensors[name]))
+            _write_head(model.head, state)
             yield model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -316,6 +319,30 @@ def _start_head(head: nn.Linear, seed: int) -> None:
     head.weight.copy_(weight.normal_(std=HEAD_INIT_STD, generator=generator))
     if head.bias is not None:
         head.bias.zero_()
+
+
+@torch.no_grad()
+def _write_head(head: nn.Linear, state: AdapterState) -> None:
+    for name, parameter in head.named_parameters():
+        parameter.copy_(torch.tensor(state.head_tensors[name]))
+
+
+def _refuse_other_base(backbone: Backbone, state: AdapterState) -> None:
+    if backbone.fingerprint != state.fingerprint:
+        raise ValueError(
+            f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
+            f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
+            "Set `model` back to that base, or fit again."
+        )
+
+
+def _refuse_other_settings(lora: LoraSettings, pooling: str, start: AdapterState) -> None:
+    if (lora, pooling) != (start.lora, start.pooling):
+        raise ValueError(
+            f"Got {lora} and pooling={pooling!r}, but the fitted adapter to go on from has "
+            f"{start.lora} and pooling={start.pooling!r}. Set the parameters back, or fit anew "
+            "with warm_start=False."
+        )
 
 
 def _to_numpy(parameter: torch.Tensor) -> np.ndarray:

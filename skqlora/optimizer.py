@@ -9,8 +9,10 @@ import threading
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import torch
 
+PAGED_STATES = ("state1", "state2")  # bitsandbytes' names of the first and second moments
 PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes' own threshold: less is not worth paging
 
 
@@ -105,3 +107,40 @@ def release(optimizer: torch.optim.Optimizer) -> None:
     """Give back what the optimizer took from the paged pool, if anything."""
     if isinstance(optimizer, _PooledStates):
         optimizer.release()
+
+
+def read_state(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray | float]]:
+    """Copy the moments out of an optimizer, to NumPy: a dict for each tensor that it updates.
+
+    Returns
+    -------
+    states : list of dict of str to ndarray or float
+        By the optimizer's own names. Empty dicts before the first update.
+    """
+    return [
+        {
+            name: value.detach().cpu().numpy().copy() if isinstance(value, torch.Tensor) else value
+            for name, value in optimizer.state[tensor].items()
+        }
+        for tensor in _tensors(optimizer)
+    ]
+
+
+def write_state(
+    optimizer: torch.optim.Optimizer, states: list[dict[str, np.ndarray | float]]
+) -> None:
+    """Give a new optimizer the moments of an earlier one of its kind, in memory of its own."""
+    for tensor, state in zip(_tensors(optimizer), states, strict=True):
+        for name, value in state.items():
+            restored: Any = value
+            if isinstance(value, np.ndarray):
+                restored = torch.from_numpy(value.copy())
+                if name in PAGED_STATES and isinstance(optimizer, _PooledStates):
+                    restored = optimizer.get_state_buffer(tensor, restored.dtype).copy_(restored)
+                elif restored.ndim > 0:  # torch's own count of steps stays on the CPU
+                    restored = restored.to(tensor.device)
+            optimizer.state[tensor][name] = restored
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

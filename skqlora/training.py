@@ -1,12 +1,12 @@
 """The training loop: batches, schedule, accumulation, clipping, checkpointing.
 
-Knows nothing of texts' or labels' meaning: rows of token ids and class numbers come in, the model
-is changed in place.
+Knows nothing of texts' or labels' meaning: rows of token ids and numbers come in, the model is
+changed in place.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from skqlora.adapter import OptimizerState
 from skqlora.data import TokenizedTexts, prediction_batches, training_batches
 from skqlora.distributed import Ranks
 from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel, transformer_blocks
-from skqlora.optimizer import make_optimizer, release
+from skqlora.optimizer import make_optimizer, read_state, release, write_state
 
 PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
 
@@ -31,6 +32,7 @@ class TrainingSettings:
     """The recipe, in the names of the estimator's parameters.
 
     `warmup_steps` is a number of updates, or below 1 a share of them; rates are already numbers.
+    `incremental` says that more epochs will follow: there is no share of an unknown number.
     """
 
     num_train_epochs: int
@@ -44,6 +46,7 @@ class TrainingSettings:
     lr_scheduler_type: str
     max_grad_norm: float | None
     optim: str
+    incremental: bool = False
 
 
 def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
@@ -66,64 +69,219 @@ def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
     return 5e-5 * 10 * (2000 / hidden_size) ** power
 
 
-def train(
-    model: TextClassifierModel,
-    tokens: TokenizedTexts,
-    targets: np.ndarray,
-    settings: TrainingSettings,
-    *,
-    seed: int = 0,
-    verbose: int = 0,
-) -> list[float]:
-    """Train the adapter and the head of `model` in place.
+class Trainer:
+    """An adapter and a head in training, in place, epoch after epoch; a context manager.
 
     Parameters
     ----------
     model : TextClassifierModel
     tokens : TokenizedTexts
         Of n_rows texts.
-    targets : ndarray of shape (n_rows,), int
-        Class numbers.
+    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_labels)
+        Class numbers, or a multilabel indicator.
     settings : TrainingSettings
+    weights : ndarray of the shape of `targets`, optional
+        What each counts in the loss: positive, but that a row may have labels of weight zero.
     seed : int, default=0
         Of the order of the rows.
+    resumed : OptimizerState, optional
+        Where an earlier training stood.
     verbose : int, default=0
         1 shows a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: TextClassifierModel,
+        tokens: TokenizedTexts,
+        targets: np.ndarray,
+        settings: TrainingSettings,
+        *,
+        weights: np.ndarray | None = None,
+        seed: int = 0,
+        resumed: OptimizerState | None = None,
+        verbose: int = 0,
+    ):
+        self.model, self.settings, self.verbose = model, settings, verbose
+        self.tokens, self.targets = tokens, targets
+        self.weights = np.ones(targets.shape) if weights is None else weights
+        self.device = model.backbone.spec.device
+        self.ranks = Ranks.current()
+        self.rng = np.random.RandomState(seed)
+        self.batch_rows = settings.batch_size * settings.gradient_accumulation_steps
+        n_steps = settings.num_train_epochs * math.ceil(len(tokens) / self.batch_rows)
+        head = FlatParameters(dict(model.head.named_parameters()))
+        self.segments = [*model.clone.segments, head]
+        rates = [settings.learning_rate] * len(model.clone.segments)
+        rates.append(settings.head_learning_rate)
+        groups = [
+            {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
+            for segment, rate in zip(self.segments, rates, strict=True)
+        ]
+        self.optimizer = make_optimizer(settings.optim, groups)
+        self.scheduler = get_scheduler(
+            settings.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=_count_warmup_steps(settings, n_steps),
+            num_training_steps=n_steps,
+        )
+        half = model.backbone.spec.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.scaler.scale(self._zero())  # sets up its state, on a rank without rows too
+        self.n_epochs = self.n_updates = 0
+        if resumed is not None:
+            self._resume(resumed)
+
+    def __enter__(self) -> "Trainer":
+        with ExitStack() as stack:
+            if _wants_checkpointing(self.model, self.settings, self.tokens):
+                stack.enter_context(checkpointed_blocks(self.model.encoder))
+            stack.callback(release, self.optimizer)
+            for segment in self.segments:
+                segment.attach_gradients()
+                stack.callback(segment.detach_gradients)
+            self.bar = stack.enter_context(
+                tqdm(
+                    total=len(self.tokens) * self.settings.num_train_epochs,
+                    desc="fit",
+                    unit=" texts",
+                    disable=not self.verbose or self.ranks.rank > 0,
+                )
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def train_epoch(self) -> float:
+        """Pass over all rows once.
+
+        Returns
+        -------
+        loss : float
+            Mean cross-entropy, in nats, over the rows as they were trained on; of binary ones over
+            rows and labels for multilabel targets. Weighted as the training is.
+
+        Raises
+        ------
+        FloatingPointError
+            If it is not finite.
+        """
+        self.model.train()
+        sum_of_losses = self._zero()
+        for rows in training_batches(self.tokens.lengths, self.batch_rows, self.rng):
+            sum_of_losses += self.step(rows)
+            self.bar.update(len(rows))
+        self.model.eval()
+        self._last_rows = rows[: self.settings.batch_size]
+        self.ranks.sum_up(sum_of_losses)
+        loss = sum_of_losses.item() / float(self.weights.sum())  # the only wait for the device
+        self.n_epochs += 1
+        self.bar.set_postfix(epoch=self.n_epochs, loss=f"{loss:.3f}")
+        _refuse_divergence(loss, self.n_epochs)
+        return loss
+
+    @torch.no_grad()
+    def refuse_divergence(self) -> None:
+        """Look at the loss of the last rows with the weights as they are now.
+
+        Raises
+        ------
+        FloatingPointError
+            If it is not finite: the last update went astray.
+        """
+        _refuse_divergence(self._loss(self._last_rows).item(), self.n_epochs)
+
+    def step(self, rows: np.ndarray) -> torch.Tensor:
+        """Update the weights once from an effective batch, of which each rank takes its share.
+
+        Returns
+        -------
+        loss : torch.Tensor
+            This rank's part of the rows' weighted losses, summed.
+        """
+        self.model.clone.deactivate()
+        for segment in self.segments:
+            segment.gradient.zero_()
+        loss = self._zero()
+        clock = self.model.clock
+        clock.step, clock.batch_rows = self.n_updates, len(rows)
+        # Over all micro-batches, so that the cut into them changes nothing.
+        total_weight = self.weights[rows].sum() or 1.0
+        share = self.ranks.share(len(rows))
+        for first in range(0, len(share), self.settings.batch_size):
+            clock.rows = share[first : first + self.settings.batch_size]
+            part = self._loss(rows[clock.rows])
+            self.scaler.scale(part / total_weight).backward()
+            loss += part.detach()
+        self._apply()
+        self.n_updates += 1
+        return loss
+
+    def state(self) -> OptimizerState:
+        """Copy where the optimizer stands."""
+        return OptimizerState(self.settings.optim, self.n_updates, read_state(self.optimizer))
+
+    def _resume(self, resumed: OptimizerState) -> None:
+        if resumed.optim != self.settings.optim:
+            raise ValueError(
+                f"Got optim={self.settings.optim!r} but the training to go on from had "
+                f"{resumed.optim!r}. Set it back, or fit anew."
+            )
+        write_state(self.optimizer, resumed.states)
+        self.n_updates = self.scheduler.last_epoch = resumed.n_updates
+        for group, base, factor in zip(
+            self.optimizer.param_groups,
+            self.scheduler.base_lrs,
+            self.scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = base * factor(resumed.n_updates)
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float32, device=self.device)
+
+    def _loss(self, rows: np.ndarray) -> torch.Tensor:
+        """Sum the weighted losses of a micro-batch."""
+        input_ids, mask = (x.to(self.device) for x in self.tokens.batch(rows))
+        logits = self.model(input_ids, mask)
+        targets = torch.as_tensor(self.targets[rows], device=self.device)
+        weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)
+        return (weights * cross_entropies(logits, targets)).sum()
+
+    def _apply(self) -> None:
+        for segment in self.segments:
+            self.ranks.sum_up(segment.gradient)
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.max_grad_norm is not None:
+            leaves = [segment.leaf for segment in self.segments]
+            nn.utils.clip_grad_norm_(leaves, self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # else float16 overflowed and no step was taken
+            self.scheduler.step()
+
+
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Compute the cross-entropy of each target, in nats.
+
+    Parameters
+    ----------
+    logits : torch.Tensor of shape (n_rows, n_classes)
+    targets : torch.Tensor of int, of shape (n_rows,) or (n_rows, n_classes)
+        Class numbers: a softmax over the classes. Or a multilabel indicator: a sigmoid for each.
 
     Returns
     -------
-    loss_curve : list of float, of length num_train_epochs
-        Mean cross-entropy, in nats, over the rows of each epoch as they were trained on.
-
-    Raises
-    ------
-    FloatingPointError
-        If the loss of an epoch is not finite.
+    losses : torch.Tensor of the shape of `targets`
     """
-    batch_rows = settings.batch_size * settings.gradient_accumulation_steps
-    n_steps = settings.num_train_epochs * math.ceil(len(tokens) / batch_rows)
-    checkpointing = _wants_checkpointing(model, settings, int(tokens.lengths.max()))
-    rng = np.random.RandomState(seed)
-    loss_curve: list[float] = []
-    silent = not verbose or Ranks.current().rank > 0
-    with (
-        checkpointed_blocks(model.encoder) if checkpointing else nullcontext(),
-        tqdm(total=n_steps, desc="fit", unit="step", disable=silent) as bar,
-        closing(_Updater(model, settings, n_steps)) as updater,
-    ):
-        model.train()
-        for epoch in range(settings.num_train_epochs):
-            epoch_loss = updater.zero()
-            for rows in training_batches(tokens.lengths, batch_rows, rng):
-                epoch_loss += updater.step(tokens, targets, rows) * len(rows)
-                bar.update()
-            updater.ranks.sum_up(epoch_loss)
-            loss_curve.append(epoch_loss.item() / len(tokens))  # the only wait for the device
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss_curve[-1]:.3f}")
-            _refuse_divergence(loss_curve[-1], epoch)
-        model.eval()
-        _refuse_divergence(updater.loss(tokens, targets, rows), epoch)  # after the last update
-    return loss_curve
+    if targets.ndim == 1:
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    return nn.functional.binary_cross_entropy_with_logits(
+        logits, targets.to(logits.dtype), reduction="none"
+    )
 
 
 @torch.no_grad()
@@ -146,89 +304,6 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
         input_ids, mask = tokens.batch(rows)
         logits[rows] = model(input_ids.to(device), mask.to(device)).cpu().numpy()
     return logits
-
-
-class _Updater:
-    """One update of the weights from one effective batch, of which each rank takes its share."""
-
-    def __init__(self, model: TextClassifierModel, settings: TrainingSettings, n_steps: int):
-        self.model = model
-        self.settings = settings
-        self.device = model.backbone.spec.device
-        self.ranks = Ranks.current()
-        head = FlatParameters(dict(model.head.named_parameters()))
-        self.segments = [*model.clone.segments, head]
-        for segment in self.segments:
-            segment.attach_gradients()
-        rates = [settings.learning_rate] * len(model.clone.segments)
-        rates.append(settings.head_learning_rate)
-        groups = [
-            {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
-            for segment, rate in zip(self.segments, rates, strict=True)
-        ]
-        self.optimizer = make_optimizer(settings.optim, groups)
-        self.scheduler = get_scheduler(
-            settings.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=_count_warmup_steps(settings.warmup_steps, n_steps),
-            num_training_steps=n_steps,
-        )
-        half = model.backbone.spec.compute_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.scaler.scale(self.zero())  # sets up its state, on a rank without rows too
-        self.n_updates = 0
-
-    def zero(self) -> torch.Tensor:
-        """Return a scalar to sum losses in, on the device."""
-        return torch.zeros((), dtype=torch.float32, device=self.device)
-
-    def step(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Update the weights once from `rows`; return this rank's part of their mean loss."""
-        self.model.clone.deactivate()
-        for segment in self.segments:
-            segment.gradient.zero_()
-        loss = self.zero()
-        clock = self.model.clock
-        clock.step, clock.batch_rows = self.n_updates, len(rows)
-        share = self.ranks.share(len(rows))
-        for first in range(0, len(share), self.settings.batch_size):
-            clock.rows = share[first : first + self.settings.batch_size]
-            part = self._loss(tokens, targets, rows[clock.rows]) / len(rows)
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-        self._apply()
-        self.n_updates += 1
-        return loss
-
-    @torch.no_grad()
-    def loss(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> float:
-        """Return the loss of the first micro-batch of `rows` with the weights as they are."""
-        return self._loss(tokens, targets, rows[: self.settings.batch_size]).item()
-
-    def close(self) -> None:
-        for segment in self.segments:
-            segment.detach_gradients()
-        release(self.optimizer)
-
-    def _loss(self, tokens: TokenizedTexts, targets: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Sum the cross-entropy of a micro-batch."""
-        input_ids, mask = (x.to(self.device) for x in tokens.batch(rows))
-        logits = self.model(input_ids, mask)
-        classes = torch.as_tensor(targets[rows], device=self.device)
-        return nn.functional.cross_entropy(logits, classes, reduction="sum")
-
-    def _apply(self) -> None:
-        for segment in self.segments:
-            self.ranks.sum_up(segment.gradient)
-        self.scaler.unscale_(self.optimizer)
-        if self.settings.max_grad_norm is not None:
-            leaves = [segment.leaf for segment in self.segments]
-            nn.utils.clip_grad_norm_(leaves, self.settings.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        scale = self.scaler.get_scale()
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else float16 overflowed and no step was taken
-            self.scheduler.step()
 
 
 @contextmanager
@@ -274,7 +349,7 @@ def _checkpointed(forward, *args, **kwargs):
 
 
 def _wants_checkpointing(
-    model: TextClassifierModel, settings: TrainingSettings, longest: int
+    model: TextClassifierModel, settings: TrainingSettings, tokens: TokenizedTexts
 ) -> bool:
     """Resolve "auto": when the activations of the longest batch would fill half the free memory.
 
@@ -291,20 +366,23 @@ def _wants_checkpointing(
     # What torch has set aside and does not use is free too.
     unused = memory.memory_reserved(device) - memory.memory_allocated(device)
     free = memory.mem_get_info(device)[0] + unused
-    n_tokens = settings.batch_size * longest
+    n_tokens = settings.batch_size * int(tokens.lengths.max())
     return 34 * n_tokens * model.backbone.hidden_size * len(blocks) > free / 2
 
 
-def _count_warmup_steps(warmup_steps: float, n_steps: int) -> int:
+def _count_warmup_steps(settings: TrainingSettings, n_steps: int) -> int:
     """Resolve a share. The first update of a warm-up has rate 0, so one of several must be left."""
-    n_warmup = int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * n_steps)
-    return min(n_warmup, n_steps - 1)
+    if settings.incremental:
+        return int(settings.warmup_steps)
+    if settings.warmup_steps >= 1:
+        return min(int(settings.warmup_steps), n_steps - 1)
+    return min(math.ceil(settings.warmup_steps * n_steps), n_steps - 1)
 
 
 def _refuse_divergence(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"The training loss became {loss} in epoch {epoch + 1}. Wanted: a "
+            f"The training loss became {loss} in epoch {epoch}. Wanted: a "
             "finite number. Lower learning_rate or head_learning_rate, raise warmup_steps, or pass "
             "compute_dtype='float32'."
         )

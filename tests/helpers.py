@@ -11,7 +11,7 @@ from skqlora.backbone import BackboneSpec, describe_files
 from skqlora.cache import get_backbone
 from skqlora.data import TokenizedTexts
 from skqlora.model import TextClassifierModel
-from skqlora.training import TrainingSettings
+from skqlora.training import Trainer, TrainingSettings
 
 LORA = LoraSettings(
     r=4,
@@ -93,6 +93,14 @@ def make_settings(**changes):
         "optim": "paged_adamw_32bit",
     }
     return TrainingSettings(**settings | changes)
+
+
+def train(model, tokens, targets, settings, **changes):
+    """Train a model for all its epochs; return the loss of each."""
+    with Trainer(model, tokens, targets, settings, **changes) as trainer:
+        losses = [trainer.train_epoch() for _ in range(settings.num_train_epochs)]
+        trainer.refuse_divergence()
+    return losses
 
 
 def random_tokens(n_rows=16, longest=12, vocab_size=300):

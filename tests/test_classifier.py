@@ -21,6 +21,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_parameters_default_constructible
 
 from skqlora import QLoRAClassifier
+from skqlora.finetuning import training_settings
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -163,7 +164,7 @@ def test_failed_fit_leaves_the_old_one(model, corpus, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("skqlora.training._Updater._apply", fail)
+        patch.setattr("skqlora.training.Trainer._apply", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             clf.fit(texts, ["x", "y"] * 24)
     np.testing.assert_array_equal(clf.predict_proba(texts), expected)
@@ -334,7 +335,7 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
     assert clf.adapter_.max_length == 9
-    settings = clf._training_settings("bert", 64)
+    settings = training_settings(clf, "bert", 64)
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.head_learning_rate == 5 * settings.learning_rate
 

@@ -17,6 +17,7 @@ from helpers import (
     make_model,
     make_settings,
     random_tokens,
+    train,
 )
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +26,7 @@ from skqlora.architecture import check_architecture
 from skqlora.clones import AdaptedClone, ClonePool, refuse_missing_targets
 from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel
-from skqlora.training import predict_logits, train
+from skqlora.training import predict_logits
 
 
 @pytest.fixture

@@ -67,7 +67,10 @@ def test_ranks_keep_to_the_thread_that_they_were_given(fitted):
 def test_ranks_with_different_calls_are_refused(fitted, case):
     _, results = fitted
     for result in results:
-        assert "The texts, labels or parameters of rank 1 are not those of rank 0" in result[case]
+        assert (
+            "The texts, labels, weights or parameters of rank 1 are not those of rank 0"
+            in result[case]
+        )
 
 
 def test_second_fit_at_once_on_a_rank_is_refused(fitted):

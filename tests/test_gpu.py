@@ -15,12 +15,14 @@ from helpers import (
     make_model,
     make_settings,
     random_tokens,
+    train,
 )
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache
+from skqlora.finetuning import backbone_spec
 from skqlora.optimizer import PagedPool
-from skqlora.training import _Updater, predict_logits, train
+from skqlora.training import Trainer, predict_logits
 
 pytestmark = pytest.mark.gpu
 
@@ -52,15 +54,14 @@ def test_optimizer_state_is_paged_and_its_memory_is_used_again(medium):
     places = []
     for _ in range(3):
         model = make_model(backbone)
-        updater = _Updater(model, make_settings(), n_steps=1)
-        updater.step(random_tokens(), TARGETS, np.arange(16))
-        lora, head = (updater.optimizer.state[s.leaf] for s in updater.segments)
-        assert lora["state1"].is_paged
-        assert lora["state2"].is_paged
-        assert lora["state1"].abs().max() > 0
-        assert not getattr(head["state1"], "is_paged", False)  # smaller than a page is worth
-        places.append({lora["state1"].data_ptr(), lora["state2"].data_ptr()})
-        updater.close()
+        with Trainer(model, random_tokens(), TARGETS, make_settings()) as trainer:
+            trainer.train_epoch()
+            lora, head = (trainer.optimizer.state[s.leaf] for s in trainer.segments)
+            assert lora["state1"].is_paged
+            assert lora["state2"].is_paged
+            assert lora["state1"].abs().max() > 0
+            assert not getattr(head["state1"], "is_paged", False)  # smaller than a page is worth
+            places.append({lora["state1"].data_ptr(), lora["state2"].data_ptr()})
     assert places[0] == places[1] == places[2]
 
 
@@ -72,8 +73,7 @@ def test_cuda_learns_in_bfloat16(model, corpus, optim):
     )
     clf.fit(texts, labels)
     assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
-    spec = clf._backbone_spec()
-    assert spec.compute_dtype == torch.bfloat16
+    assert backbone_spec(clf).compute_dtype == torch.bfloat16
 
 
 def test_float16_learns_with_a_scaled_loss(model, corpus):
@@ -90,10 +90,10 @@ def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(model):
     for layer in trained.clone.layers:
         adapter = layer.lora_A["default"]  # norms give float32 under autocast, products bfloat16
         adapter.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
-    updater = _Updater(trained.train(), make_settings(), n_steps=1)
-    updater.step(random_tokens(), TARGETS, np.arange(16))
-    assert seen == {torch.bfloat16}
-    assert {p.grad.dtype for p in lora_parameters(trained).values()} == {torch.float32}
+    with Trainer(trained, random_tokens(), TARGETS, make_settings()) as trainer:
+        trainer.train_epoch()
+        assert seen == {torch.bfloat16}
+        assert {p.grad.dtype for p in lora_parameters(trained).values()} == {torch.float32}
 
 
 def test_cuda_and_cpu_give_the_same_classifier(model, corpus):

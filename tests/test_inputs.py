@@ -90,7 +90,7 @@ def test_labels_come_back_from_their_classes(y):
         ([1.0, np.nan, 2.0], r"y\[1\] = nan, a missing label"),
         (pd.Series(["a", "b", pd.NA]), r"y\[2\] = .*a missing label"),
         ([0.5, 1.25, 2.0], "Unknown label type: continuous"),
-        (np.eye(3), r"shape \(3, 3\)"),
+        (np.eye(3) * 2, r"shape \(3, 3\) with 2.0 in it.*multilabel indicator of 0 and 1"),
     ],
 )
 def test_bad_labels_are_refused(y, message):

@@ -16,7 +16,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 from transformers import AutoModel
 
-from skqlora.training import _Updater, predict_logits
+from skqlora.training import Trainer, predict_logits
 
 N_CLASSES = 3
 TARGETS = torch.arange(16).numpy() % N_CLASSES
@@ -92,26 +92,21 @@ def test_fresh_adapter_changes_no_hidden_state(model, backbone):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_b_then_every_a_gets_a_gradient_also_after_prediction(backbone, checkpointing):
-    from skqlora.training import checkpointed_blocks
-
     tokens = random_tokens()
     rows = torch.arange(len(tokens)).numpy()
     for _ in range(2):  # a second fit on the same base
         model = make_model(backbone, lora_dropout=0.05)
-        updater = _Updater(model, make_settings(max_grad_norm=None), n_steps=9)
+        settings = make_settings(max_grad_norm=None, gradient_checkpointing=checkpointing)
         seen = []
-        for _ in range(4):
-            model.train()
-            if checkpointing:
-                with checkpointed_blocks(model.encoder):
-                    updater.step(tokens, TARGETS, rows)
-            else:
-                updater.step(tokens, TARGETS, rows)
-            model.eval()
-            predict_logits(model, tokens)
-            gradients = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
-            assert all(g.isfinite().all() for g in gradients.values())
-            seen.append({name for name, g in gradients.items() if g.abs().max() > 0})
+        with Trainer(model, tokens, TARGETS, settings) as trainer:
+            for _ in range(4):
+                model.train()
+                trainer.step(rows)
+                model.eval()
+                predict_logits(model, tokens)
+                gradients = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
+                assert all(g.isfinite().all() for g in gradients.values())
+                seen.append({name for name, g in gradients.items() if g.abs().max() > 0})
         everything = set(lora_parameters(model))
         assert seen[0] == {name for name in everything if "lora_B" in name}
         assert seen[1] == seen[2] == seen[3] == everything
@@ -147,7 +142,7 @@ def test_hidden_states_in_4_bits_stay_near_those_in_32(model, backbone):
 
 
 def test_optimizer_is_bitsandbytes_paged_adamw_over_two_flat_tensors(backbone):
-    updater = _Updater(make_model(backbone), make_settings(), n_steps=1)
-    assert isinstance(updater.optimizer, bnb.optim.PagedAdamW32bit)
-    assert updater.optimizer.is_paged
-    assert [len(group["params"]) for group in updater.optimizer.param_groups] == [1, 1]
+    optimizer = Trainer(make_model(backbone), random_tokens(), TARGETS, make_settings()).optimizer
+    assert isinstance(optimizer, bnb.optim.PagedAdamW32bit)
+    assert optimizer.is_paged
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]

@@ -15,6 +15,7 @@ from helpers import (
     make_model,
     make_settings,
     random_tokens,
+    train,
 )
 from transformers import get_scheduler
 
@@ -23,11 +24,10 @@ from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
 from skqlora.model import transformer_blocks
 from skqlora.training import (
+    Trainer,
     _count_warmup_steps,
-    _Updater,
     _wants_checkpointing,
     scaled_learning_rate,
-    train,
 )
 
 TARGETS = np.arange(32) % 3
@@ -141,26 +141,27 @@ def test_a_single_update_is_an_update(backbone):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
 def test_rates_follow_the_schedule_of_transformers(backbone, name):
-    settings = make_settings(lr_scheduler_type=name, warmup_steps=0.25)
-    updater = _Updater(make_model(backbone), settings, n_steps=8)
+    settings = make_settings(lr_scheduler_type=name, warmup_steps=0.25, num_train_epochs=4)
+    trainer = Trainer(make_model(backbone), random_tokens(32), TARGETS, settings)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=8)
-    tokens, rows = random_tokens(32), np.arange(16)
-    for _ in range(8):
-        lora, head = (group["lr"] for group in updater.optimizer.param_groups)
-        assert lora == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert head == pytest.approx(5 * lora)
-        updater.step(tokens, TARGETS, rows)
-        optimizer.step()
-        schedule.step()
+    with trainer:
+        for _ in range(8):
+            lora, head = (group["lr"] for group in trainer.optimizer.param_groups)
+            assert lora == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert head == pytest.approx(5 * lora)
+            trainer.step(np.arange(16))
+            optimizer.step()
+            schedule.step()
 
 
 def test_gradient_is_clipped_over_both_segments(backbone):
     def norm(max_grad_norm):
         model = make_model(backbone)
-        updater = _Updater(model, make_settings(max_grad_norm=max_grad_norm), n_steps=1)
-        updater.step(random_tokens(32), TARGETS, np.arange(16))
-        return torch.cat([segment.leaf.grad for segment in updater.segments]).norm().item()
+        settings = make_settings(max_grad_norm=max_grad_norm)
+        with Trainer(model, random_tokens(32), TARGETS, settings) as trainer:
+            trainer.step(np.arange(16))
+            return torch.cat([segment.leaf.grad for segment in trainer.segments]).norm().item()
 
     assert norm(None) > 0.1
     assert norm(1e-3) == pytest.approx(1e-3, rel=1e-3)
@@ -178,22 +179,22 @@ def test_auto_checkpointing_asks_for_the_free_memory(decoder, monkeypatch):
         backbone=SimpleNamespace(spec=spec, hidden_size=64), encoder=backbone.module
     )
     needed = 34 * 16 * 100 * 64 * 2  # bytes x rows x tokens x features x layers
+    tokens = TokenizedTexts([np.arange(100)], pad_id=0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for free, expected in [(2 * needed - 2000, True), (2 * needed, False)]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
         settings = make_settings(gradient_checkpointing="auto")
-        assert _wants_checkpointing(model, settings, longest=100) is expected
+        assert _wants_checkpointing(model, settings, tokens) is expected
     assert not _wants_checkpointing(
-        SimpleNamespace(backbone=backbone, encoder=backbone.module), settings, longest=100
+        SimpleNamespace(backbone=backbone, encoder=backbone.module), settings, tokens
     )
 
 
 def test_warmup_is_a_number_or_a_share_of_the_steps():
-    assert _count_warmup_steps(0, 50) == 0
-    assert _count_warmup_steps(0.1, 55) == 6
-    assert _count_warmup_steps(7, 50) == 7
-    assert _count_warmup_steps(0.1, 1) == 0
+    for warmup_steps, n_steps, expected in [(0, 50, 0), (0.1, 55, 6), (7, 50, 7), (0.1, 1, 0)]:
+        settings = make_settings(warmup_steps=warmup_steps)
+        assert _count_warmup_steps(settings, n_steps) == expected
 
 
 def test_learning_rate_by_width():

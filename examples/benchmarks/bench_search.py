@@ -201,8 +201,9 @@ def clear_clones(clf):
 
 def backbone_of(clf):
     from skqlora.cache import get_backbone
+    from skqlora.finetuning import backbone_spec
 
-    return get_backbone(clf._backbone_spec())
+    return get_backbone(backbone_spec(clf))
 
 
 # Prediction
@@ -210,11 +211,12 @@ def backbone_of(clf):
 
 def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
+    from skqlora.finetuning import backbone_spec
     from skqlora.model import TextClassifierModel
     from skqlora.tokenization import load_tokenizer
 
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
-    backbone, spec = backbone_of(clf), clf._backbone_spec()
+    backbone, spec = backbone_of(clf), backbone_spec(clf)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     tokens = tokenizer.tokenize(texts[:1], fitted.adapter_.max_length, backbone.vocab_size)
     input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))

@@ -1,0 +1,74 @@
+"""scikit-learn's callbacks, where it has them: from version 1.9 on.
+
+Knows nothing of models.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from skqlora.inputs import LabelledTexts
+
+try:
+    from sklearn.callback import CallbackSupportMixin, with_callbacks
+except ImportError:  # scikit-learn < 1.9: `set_callbacks` is not offered
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Nothing."""
+
+    def with_callbacks(method):
+        """Return the method."""
+        return method
+
+
+class FitTasks:
+    """One fit as the callbacks see it: a task "fit", and in it one task "epoch" after another.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+        Callbacks of its own and of what it is part of are told.
+    n_epochs : int
+    table : LabelledTexts
+        What is trained on.
+    """
+
+    def __init__(self, estimator: Any, n_epochs: int, table: LabelledTexts):
+        self._estimator = estimator
+        self._told = {"X": table.texts, "y": table.labels}
+        if table.sample_weight is not None:
+            self._told["metadata"] = {"sample_weight": table.sample_weight}
+        self._root: Any = None
+        self._epoch: Any = None
+        if hasattr(estimator, "_init_callback_context"):
+            self._root = estimator._init_callback_context(max_subtasks=n_epochs)
+            self._root.call_on_fit_task_begin(estimator=estimator, **self._told)
+
+    def begin_epoch(self) -> None:
+        """Tell that an epoch begins."""
+        if self._root is not None:
+            self._epoch = self._root.subcontext(task_name="epoch")
+            self._epoch.call_on_fit_task_begin(estimator=self._estimator, **self._told)
+
+    def end_epoch(self, fitted_attributes: Callable[[], dict[str, Any]]) -> bool:
+        """Tell that the epoch has ended; return whether a callback wants to stop.
+
+        Parameters
+        ----------
+        fitted_attributes : callable
+            Returns what makes the estimator a fitted one, as if the fit ended now. Called only if
+            a callback asks for that.
+        """
+        return self._end(self._epoch, fitted_attributes)
+
+    def end(self, fitted_attributes: Callable[[], dict[str, Any]]) -> None:
+        """Tell that the fit has ended."""
+        self._end(self._root, fitted_attributes)
+
+    def _end(self, task: Any, fitted_attributes: Callable[[], dict[str, Any]]) -> bool:
+        if task is None:
+            return False
+        return task.call_on_fit_task_end(
+            estimator=self._estimator,
+            reconstruction_attributes=fitted_attributes,
+            **self._told,
+        )

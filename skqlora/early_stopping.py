@@ -1,0 +1,134 @@
+"""When to stop: a score on held-out texts, and the best adapter so far.
+
+Knows nothing of how a model is trained.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import train_test_split
+
+from skqlora.adapter import AdapterState
+from skqlora.inputs import LabelledTexts
+
+
+class EarlyStopping:
+    """Scores after each epoch, and the adapter with the best of them, in memory.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+        Its `scoring`, `n_iter_no_change` and `tol` are read.
+    held_out : LabelledTexts
+
+    Attributes
+    ----------
+    scores : list of float
+        Greater is better.
+    best : AdapterState
+    best_score : float
+
+    Raises
+    ------
+    ValueError
+        If `scoring` is the name of no scorer.
+    """
+
+    def __init__(self, estimator: Any, held_out: LabelledTexts):
+        scoring = estimator.scoring
+        self._scorer = _loss_scorer if scoring == "loss" else check_scoring(estimator, scoring)
+        self._patience, self._tol = estimator.n_iter_no_change, estimator.tol
+        self._held_out = held_out
+        self._epochs_without_change = 0
+        self.scores: list[float] = []
+        self.best: AdapterState | None = None
+        self.best_score = -math.inf
+
+    def score(self, fitted: Any) -> float:
+        """Score an estimator as it would be if its fit ended now.
+
+        Raises
+        ------
+        ValueError
+            If the score is no finite number.
+        """
+        weights = self._held_out.sample_weight
+        weighted = {} if weights is None else {"sample_weight": weights}
+        score = self._scorer(fitted, self._held_out.texts, self._held_out.labels, **weighted)
+        if not np.isfinite(score):
+            raise ValueError(
+                f"Got the score {score} on the {len(self._held_out)} texts of the validation. "
+                "Wanted: a finite number. Choose another `scoring`, or a larger validation."
+            )
+        return float(score)
+
+    def update(self, score: float, adapter: AdapterState) -> bool:
+        """Note an epoch's score; return whether to stop.
+
+        As in `MLPClassifier`: an epoch counts as no change if its score is not above the best one
+        so far by more than `tol`.
+        """
+        changed = score > self.best_score + self._tol
+        self._epochs_without_change = 0 if changed else self._epochs_without_change + 1
+        if score > self.best_score:
+            self.best, self.best_score = adapter, score
+        self.scores.append(score)
+        return self._epochs_without_change >= self._patience
+
+
+def hold_out(
+    table: LabelledTexts, fraction: float, seed: int
+) -> tuple[LabelledTexts, LabelledTexts]:
+    """Split texts for validation off, in the classes' proportions.
+
+    A class with one text keeps it for training. Multilabel texts are split at random.
+
+    Parameters
+    ----------
+    table : LabelledTexts
+    fraction : float
+        Share of the texts to hold out.
+    seed : int
+
+    Returns
+    -------
+    training, held_out : LabelledTexts
+
+    Raises
+    ------
+    ValueError
+        If one of the two would be too small.
+    """
+    rows = np.arange(len(table))
+    counts = None if table.multilabel else np.bincount(table.targets, minlength=len(table.classes))
+    divisible = rows if counts is None else rows[counts[table.targets] > 1]
+    n_held_out = math.ceil(fraction * len(table))
+    n_classes = 1 if counts is None else int((counts > 1).sum())
+    if n_held_out < n_classes or len(divisible) - n_held_out < n_classes or n_classes == 0:
+        raise ValueError(
+            f"Got early_stopping=True and validation_fraction={fraction} with {len(table)} texts, "
+            f"of which {n_held_out} would be held out: too few for one text of each of the "
+            f"{len(table.classes)} classes on both sides. Wanted: more texts, another "
+            "validation_fraction, or X_val and y_val."
+        )
+    _, held_out = train_test_split(
+        divisible,
+        test_size=n_held_out,
+        random_state=seed,
+        stratify=None if counts is None else table.targets[divisible],
+    )
+    held_out = np.sort(held_out)
+    return table.take(np.setdiff1d(rows, held_out)), table.take(held_out)
+
+
+def _loss_scorer(fitted: Any, X: list[str], y: np.ndarray, sample_weight: Any = None) -> float:
+    """Return the negative mean cross-entropy, in nats."""
+    if y.ndim == 2:
+        logits = fitted.decision_function(X)
+        of_text = -np.logaddexp(0, np.where(y == 1, -logits, logits)).mean(axis=1)
+    else:
+        classes = np.searchsorted(fitted.classes_, y)
+        of_text = fitted.predict_log_proba(X)[np.arange(len(y)), classes]
+    return float(np.average(of_text, weights=sample_weight))

@@ -1,0 +1,228 @@
+"""From an estimator's parameters to what computes: one training, or the logits of one prediction.
+
+Knows nothing of labels' meaning, of scores or of callbacks. The estimator is only read.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+
+from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
+from skqlora.architecture import check_architecture
+from skqlora.backbone import BackboneSpec, describe_files
+from skqlora.cache import get_backbone
+from skqlora.clones import refuse_missing_targets
+from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
+from skqlora.distributed import Ranks
+from skqlora.inputs import LabelledTexts
+from skqlora.model import TextClassifierModel
+from skqlora.processes import refuse_fork_of_threads
+from skqlora.quiet import muted
+from skqlora.tokenization import load_tokenizer
+from skqlora.training import Trainer, TrainingSettings, predict_logits, scaled_learning_rate
+
+AUTO_MAX_LENGTH = 512  # tokens
+HEAD_RATE_FACTOR = 5.0  # of the head's learning rate over LoRA's
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A training that has begun.
+
+    Attributes
+    ----------
+    trainer : Trainer
+    max_length : int
+        Greatest number of tokens of a text.
+    footprint : Footprint
+    """
+
+    trainer: Trainer
+    max_length: int
+    footprint: Footprint
+
+    def capture(self) -> AdapterState:
+        """Copy the adapter as it is now.
+
+        Raises
+        ------
+        FloatingPointError
+            If the last update made the loss infinite or no number.
+        """
+        self.trainer.refuse_divergence()
+        return self.trainer.model.capture(self.max_length)
+
+
+@contextmanager
+def finetuning(
+    params: Any,
+    table: LabelledTexts,
+    weights: np.ndarray,
+    seed: int,
+    *,
+    start: AdapterState | None = None,
+    resumed: OptimizerState | None = None,
+    incremental: bool = False,
+) -> Iterator[Finetuning]:
+    """Prepare everything for training an adapter, and clean up after it.
+
+    Parameters
+    ----------
+    params : QLoRAClassifier
+    table : LabelledTexts
+    weights : ndarray of the shape of the targets
+    seed : int
+        The same on all ranks.
+    start : AdapterState, optional
+        To go on from.
+    resumed : OptimizerState, optional
+        To go on from.
+    incremental : bool, default=False
+        Train one epoch of unknown many: no decay of the learning rates.
+
+    Yields
+    ------
+    run : Finetuning
+    """
+    refuse_fork_of_threads()
+    spec, lora = backbone_spec(params), lora_settings(params)
+    with muted(progress_bars=bool(params.verbose)):
+        architecture = check_architecture(
+            spec.model,
+            spec.revision,
+            quantized=spec.quantization is not None,
+            attn_implementation=spec.attn_implementation,
+            files=spec.files,
+        )
+        refuse_missing_targets(lora.target_modules, architecture.skeleton)
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    max_length = _choose_max_length(params, architecture.max_positions, tokenizer.max_length)
+    tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
+
+    backbone = get_backbone(spec, verbose=bool(params.verbose))
+    settings = training_settings(params, architecture.model_type, backbone.hidden_size, incremental)
+    Ranks.current().refuse_differences(
+        lambda: (
+            (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
+            (lora, settings, params.lora_dropout, params.pooling, max_length),
+            (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
+            joblib.hash((start, resumed)),
+        )
+    )
+    with (
+        TextClassifierModel.fresh(
+            backbone,
+            lora,
+            n_classes=len(table.classes),
+            pooling=params.pooling,
+            seed=seed,
+            lora_dropout=params.lora_dropout,
+            start=start,
+        ) as model,
+        Trainer(
+            model,
+            tokens,
+            table.targets,
+            settings,
+            weights=weights,
+            seed=seed,
+            resumed=resumed,
+            verbose=params.verbose,
+        ) as trainer,
+    ):
+        yield Finetuning(trainer, max_length, backbone.footprint(model.count_trainable()))
+
+
+def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.ndarray:
+    """Compute the logits of texts, from the base of the process and an adapter.
+
+    Parameters
+    ----------
+    params : QLoRAClassifier
+    adapter : AdapterState
+    texts : list of str, of length n_texts
+
+    Returns
+    -------
+    logits : ndarray of shape (n_texts, n_classes), float64
+    """
+    refuse_fork_of_threads()
+    spec = backbone_spec(params)
+    backbone = get_backbone(spec, verbose=bool(params.verbose))
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    tokens = tokenizer.tokenize(texts, adapter.max_length, backbone.vocab_size)
+    with TextClassifierModel.restored(backbone, adapter) as model:
+        return predict_logits(model, tokens)
+
+
+def backbone_spec(params: Any) -> BackboneSpec:
+    """Say which base an estimator means."""
+    device = resolve_device(params.device)
+    model = os.fspath(params.model)
+    files = describe_files(model)
+    return BackboneSpec(
+        model=str(files[0]) if files else model,  # one base for all ways to write a path
+        revision=params.revision,
+        quantization=params.quantization,
+        double_quant=bool(params.double_quant) and params.quantization is not None,
+        compute_dtype=resolve_compute_dtype(params.compute_dtype, device),
+        device=device,
+        spread=params.device == "auto" and may_spread(device),
+        attn_implementation=params.attn_implementation,
+        files=files,
+    )
+
+
+def lora_settings(params: Any) -> LoraSettings:
+    """Say which adapter an estimator means."""
+    targets = params.target_modules
+    return LoraSettings(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=bool(params.use_rslora),
+        use_dora=bool(params.use_dora),
+        init_lora_weights=params.init_lora_weights,
+    )
+
+
+def training_settings(
+    params: Any, model_type: str, hidden_size: int, incremental: bool = False
+) -> TrainingSettings:
+    """Say which recipe an estimator means for a base of that family and width."""
+    rate, head_rate = params.learning_rate, params.head_learning_rate
+    if rate == "auto":
+        rate = scaled_learning_rate(model_type, hidden_size)
+    if head_rate == "auto":
+        head_rate = HEAD_RATE_FACTOR * rate
+    return TrainingSettings(
+        num_train_epochs=1 if incremental else params.num_train_epochs,
+        batch_size=params.batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation_steps,
+        gradient_checkpointing=params.gradient_checkpointing,
+        learning_rate=rate,
+        head_learning_rate=head_rate,
+        weight_decay=params.weight_decay,
+        warmup_steps=params.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if incremental else params.lr_scheduler_type,
+        incremental=incremental,
+        max_grad_norm=params.max_grad_norm,
+        optim=params.optim,
+    )
+
+
+def _choose_max_length(params: Any, max_positions: int | None, tokenizer_max_length: int) -> int:
+    limit = min(max_positions or tokenizer_max_length, tokenizer_max_length)
+    if params.max_length == "auto":
+        return min(AUTO_MAX_LENGTH, limit)
+    if params.max_length > limit:
+        raise ValueError(
+            f"Got max_length={params.max_length} but {params.model!r} takes {limit} tokens. Pass "
+            "at most that, or 'auto'."
+        )
+    return params.max_length

@@ -1,0 +1,141 @@
+"""One fit, epoch by epoch: train, score, tell the callbacks, stop; what comes of it is returned.
+
+Knows nothing of torch; the estimator is only read.
+"""
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.utils import check_random_state
+
+from skqlora.adapter import AdapterState
+from skqlora.callbacks import FitTasks
+from skqlora.early_stopping import EarlyStopping, hold_out
+from skqlora.inputs import LabelledTexts
+from skqlora.quiet import import_libraries
+from skqlora.weights import apply_class_weight
+
+if TYPE_CHECKING:  # torch and transformers load at first use
+    from skqlora.finetuning import Finetuning
+
+
+def fit_epochs(
+    estimator: Any, table: LabelledTexts, held_out: LabelledTexts | None, *, goes_on: bool
+) -> dict[str, Any]:
+    """Train for the estimator's number of epochs, or until a score or a callback says stop.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+    table : LabelledTexts
+    held_out : LabelledTexts or None
+        What early stopping scores. None holds a part of `table` out, if it is to stop early.
+    goes_on : bool
+        Start from the estimator's fitted adapter.
+
+    Returns
+    -------
+    attributes : dict
+        What makes the estimator a fitted one.
+    """
+    import_libraries()
+    from skqlora.distributed import Ranks
+    from skqlora.finetuning import finetuning
+
+    with Ranks.current().one_fit_at_a_time() as ranks:
+        seed = ranks.from_first(_draw_seed(estimator))
+        if estimator.early_stopping and held_out is None:
+            table, held_out = hold_out(table, estimator.validation_fraction, seed)
+        stopping = None if held_out is None else EarlyStopping(estimator, held_out)
+        table, weights = apply_class_weight(table, estimator.class_weight)
+        start = estimator.adapter_ if goes_on else None
+        tasks = FitTasks(estimator, estimator.num_train_epochs, table)
+        losses = list(estimator.loss_curve_) if goes_on else []
+        with finetuning(estimator, table, weights, seed, start=start) as run:
+            for _ in range(estimator.num_train_epochs):
+                tasks.begin_epoch()
+                losses.append(run.trainer.train_epoch())
+                current = functools.cache(lambda: _attributes(table, run, losses))
+                stop = False
+                if stopping is not None:
+                    score = ranks.from_first(stopping.score(as_fitted(estimator, current())))
+                    stop = stopping.update(score, current()["adapter_"])
+                stop |= tasks.end_epoch(current)
+                if ranks.from_first(stop):
+                    break
+            attributes = current()
+        if stopping is not None:
+            earlier = (estimator.validation_scores_ or []) if goes_on else []
+            attributes |= {
+                "adapter_": stopping.best,
+                "validation_scores_": earlier + stopping.scores,
+                "best_validation_score_": stopping.best_score,
+            }
+        tasks.end(lambda: attributes)
+    return attributes
+
+
+def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
+    """Train one epoch on one piece of the data; the optimizer goes on as the adapter does.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+    table : LabelledTexts
+    goes_on : bool
+        Start from the estimator's fitted adapter.
+
+    Returns
+    -------
+    attributes : dict
+        What makes the estimator a fitted one.
+    """
+    import_libraries()
+    from skqlora.distributed import Ranks
+    from skqlora.finetuning import finetuning
+
+    with Ranks.current().one_fit_at_a_time() as ranks:
+        seed = ranks.from_first(_draw_seed(estimator))
+        table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
+        losses = list(estimator.loss_curve_) if goes_on else []
+        with finetuning(
+            estimator,
+            table,
+            weights,
+            seed,
+            start=estimator.adapter_ if goes_on else None,
+            resumed=estimator.optimizer_state_ if goes_on else None,
+            incremental=True,
+        ) as run:
+            losses.append(run.trainer.train_epoch())
+            attributes = _attributes(table, run, losses)
+            return attributes | {"optimizer_state_": run.trainer.state()}
+
+
+def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
+    """Return a copy of the estimator, fitted; what is fitted of the estimator stays as it is."""
+    fitted = copy.copy(estimator)
+    vars(fitted).update(attributes)
+    return fitted
+
+
+def _attributes(table: LabelledTexts, run: "Finetuning", losses: list[float]) -> dict[str, Any]:
+    """Collect what makes the estimator a fitted one, if its fit ended now."""
+    adapter: AdapterState = run.capture()
+    return {
+        "classes_": table.classes,
+        "multilabel_": table.multilabel,
+        "adapter_": adapter,
+        "n_iter_": len(losses),
+        "loss_curve_": list(losses),
+        "validation_scores_": None,
+        "best_validation_score_": None,
+        "optimizer_state_": None,
+        "footprint_": run.footprint,
+    }
+
+
+def _draw_seed(estimator: Any) -> int:
+    return check_random_state(estimator.random_state).randint(np.iinfo(np.int32).max)

@@ -1,0 +1,135 @@
+"""How much each text counts in the loss: its own weight times that of its class.
+
+Knows nothing of texts or of the loss.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from sklearn.utils.class_weight import compute_class_weight
+
+from skqlora.inputs import LabelledTexts
+
+ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
+
+
+def apply_class_weight(
+    table: LabelledTexts, class_weight: ClassWeight, *, min_classes: int = 2
+) -> tuple[LabelledTexts, np.ndarray]:
+    """Multiply the weights of the texts by those of their classes; drop rows that weigh nothing.
+
+    "balanced" is scikit-learn's ``n / (n_classes * count)`` (King and Zeng, "Logistic Regression in
+    Rare Events Data", 2001), where a text counts as often as its weight says.
+
+    Parameters
+    ----------
+    table : LabelledTexts
+    class_weight : dict of label to float, "balanced" or None
+        For multilabel targets a list with a dict of 0 and 1 to float for each label.
+    min_classes : int, default=2
+        How many classes must keep a weight, where each text has one.
+
+    Returns
+    -------
+    table : LabelledTexts
+        The rows with a weight.
+    weights : ndarray of the shape of the targets, float64
+        Of mean 1: only their ratios matter.
+
+    Raises
+    ------
+    ValueError
+        If `class_weight` does not fit the classes, or leaves too few with a weight.
+    """
+    sample_weight = table.sample_weight
+    if sample_weight is None:
+        sample_weight = np.ones(len(table))
+    if table.multilabel:
+        weights = sample_weight[:, None] * _label_weights(table, sample_weight, class_weight)
+    else:
+        weights = sample_weight * _single_weights(table, sample_weight, class_weight)
+    rows = np.flatnonzero(weights.reshape(len(weights), -1).any(axis=1))
+    table, weights = table.take(rows), weights[rows]
+    left = len(rows) if table.multilabel else len(np.unique(table.targets))
+    if left < (1 if table.multilabel else min_classes):
+        names = sorted(set(table.labels.tolist())) if len(rows) else []
+        raise ValueError(
+            f"Got weights (sample_weight and class_weight) that leave the classes {names} alone. "
+            f"Wanted: at least {min_classes} with a weight above zero."
+        )
+    return table, weights / weights.mean()
+
+
+def _single_weights(
+    table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
+) -> np.ndarray:
+    """Weights of shape (n_texts,): of a text's class."""
+    if isinstance(class_weight, list):
+        raise ValueError(
+            "Got a list as class_weight with one label for each text. Wanted: a dict of label to "
+            "weight, 'balanced' or None."
+        )
+    return _class_weights(class_weight, table.classes.tolist(), table.targets, sample_weight)[
+        table.targets
+    ]
+
+
+def _label_weights(
+    table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
+) -> np.ndarray:
+    """Weights of shape (n_texts, n_labels): of a label's presence or of its absence."""
+    n_labels = len(table.classes)
+    if isinstance(class_weight, Mapping) or (
+        isinstance(class_weight, list) and len(class_weight) != n_labels
+    ):
+        raise ValueError(
+            f"Got class_weight={class_weight!r} with {n_labels} labels. Wanted: 'balanced', None, "
+            f"or a list of {n_labels} dicts such as {{0: 1, 1: 5}}, one for each label."
+        )
+    columns = []
+    for label, present in enumerate(table.targets.T):
+        of_label = class_weight[label] if isinstance(class_weight, list) else class_weight
+        by_presence = _class_weights(of_label, [0, 1], present, sample_weight)
+        columns.append(by_presence[present])
+    return np.stack(columns, axis=1)
+
+
+def _class_weights(
+    class_weight: Mapping[Any, float] | str | None,
+    names: list[Any],
+    targets: np.ndarray,
+    sample_weight: np.ndarray,
+) -> np.ndarray:
+    """Weight of each class, by its number."""
+    weights = np.ones(len(names))
+    if class_weight == "balanced":
+        present = np.unique(targets)
+        weights[present] = compute_class_weight(
+            "balanced", classes=present, y=targets, sample_weight=sample_weight
+        )
+    elif isinstance(class_weight, Mapping):
+        weights[:] = _by_name(class_weight, names)
+    return weights
+
+
+def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]:
+    """Look classes up by their own label: scikit-learn's function takes "0" for 0."""
+    bad = [
+        weight
+        for weight in class_weight.values()
+        if not isinstance(weight, (int, float, np.number)) or not 0 <= weight < np.inf
+    ]
+    if bad:
+        raise ValueError(
+            f"Got the weight {bad[0]!r} in class_weight. Wanted: finite numbers, none negative."
+        )
+    missing = [name for name in names if name not in class_weight]
+    unknown = [name for name in class_weight if name not in names]
+    # As scikit-learn does: a class may be left out, and a fold may lack a class.
+    if missing and unknown:
+        raise ValueError(
+            f"Got a class_weight for {unknown}, which y does not hold, and none for {missing}. "
+            "Wanted: its keys to be labels as they are in y, of the same type."
+        )
+    return [class_weight.get(name, 1.0) for name in names]
