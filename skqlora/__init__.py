@@ -2,7 +2,8 @@
 
 from skqlora.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.classifier import QLoRAClassifier
+from skqlora.display import LossCurveDisplay
 
-__all__ = ["QLoRAClassifier", "backbone_cache_info", "clear_backbone_cache"]
+__all__ = ["LossCurveDisplay", "QLoRAClassifier", "backbone_cache_info", "clear_backbone_cache"]
 
 __version__ = "0.1.0.dev0"

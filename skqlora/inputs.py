@@ -309,6 +309,8 @@ def _check_column(labels: np.ndarray) -> np.ndarray:
     """Refuse a column of labels that are not of one kind; return it in their dtype."""
     if labels.dtype != object:
         labels = _refuse_missing(labels)
+        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+            raise ValueError("Input y contains infinity. Wanted: class labels, e.g. str or int.")
     else:
         for position, label in enumerate(labels):
             if isinstance(label, (list, tuple, set, frozenset, np.ndarray)):
@@ -321,7 +323,8 @@ def _check_column(labels: np.ndarray) -> np.ndarray:
                 "[str(label) for label in y]."
             )
         if not isinstance(labels[0], str):
-            labels = np.array(labels.tolist())  # numbers, bools or dates of a list or of pandas
+            # Numbers, bools or dates of a list or of pandas.
+            return _check_column(np.array(labels.tolist()))
     check_classification_targets(labels)
     return labels
 

@@ -1,0 +1,132 @@
+"""The curves of a fit as a picture, in the style of scikit-learn's displays."""
+
+from typing import Any
+
+from sklearn.utils._optional_dependencies import check_matplotlib_support
+from sklearn.utils.validation import check_is_fitted
+
+
+class LossCurveDisplay:
+    """Training loss and validation score over the epochs of a fit.
+
+    Best made by `from_estimator`.
+
+    Parameters
+    ----------
+    loss_curve : list of float, of length n_epochs
+        Mean training cross-entropy of each epoch, in nats.
+    validation_scores : list of float, of length n_epochs, or None
+        Score of each epoch on held-out texts.
+    name : str, default=None
+        Of the estimator, in the legend.
+
+    Attributes
+    ----------
+    ax_ : matplotlib.axes.Axes
+        With the loss.
+    score_ax_ : matplotlib.axes.Axes or None
+        With the validation score, over the same epochs and an axis on the right.
+    figure_ : matplotlib.figure.Figure
+    line_ : matplotlib.lines.Line2D
+    score_line_ : matplotlib.lines.Line2D or None
+
+    Examples
+    --------
+    >>> from skqlora import LossCurveDisplay
+    >>> display = LossCurveDisplay.from_estimator(clf)  # doctest: +SKIP
+    >>> LossCurveDisplay.from_estimator(other, ax=display.ax_)  # doctest: +SKIP
+    """
+
+    def __init__(self, *, loss_curve, validation_scores=None, name=None):
+        self.loss_curve = loss_curve
+        self.validation_scores = validation_scores
+        self.name = name
+
+    @classmethod
+    def from_estimator(cls, estimator, *, ax=None, name=None, **kwargs):
+        """Plot the curves of a fitted classifier.
+
+        Parameters
+        ----------
+        estimator : QLoRAClassifier
+            Fitted.
+        ax : matplotlib.axes.Axes, default=None
+            To plot on, e.g. the `ax_` of another display. None makes a new figure.
+        name : str, default=None
+            In the legend. None is the name of the class.
+        **kwargs : dict
+            For `matplotlib.axes.Axes.plot`, of both lines.
+
+        Returns
+        -------
+        display : LossCurveDisplay
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        sklearn.exceptions.NotFittedError
+            If the classifier is not fitted.
+        """
+        check_matplotlib_support(f"{cls.__name__}.from_estimator")
+        check_is_fitted(estimator)
+        display = cls(
+            loss_curve=estimator.loss_curve_,
+            validation_scores=estimator.validation_scores_,
+            name=type(estimator).__name__ if name is None else name,
+        )
+        return display.plot(ax=ax, **kwargs)
+
+    def plot(self, ax=None, *, name=None, **kwargs):
+        """Plot the curves.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, default=None
+            To plot on. None makes a new figure.
+        name : str, default=None
+            In the legend, instead of the display's own.
+        **kwargs : dict
+            For `matplotlib.axes.Axes.plot`, of both lines.
+
+        Returns
+        -------
+        display : LossCurveDisplay
+            Itself.
+        """
+        check_matplotlib_support(f"{type(self).__name__}.plot")
+        import matplotlib.pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
+        if ax is None:
+            _, ax = plt.subplots()
+        name = self.name if name is None else name
+        prefix = "" if name is None else f"{name}: "
+        epochs = range(1, len(self.loss_curve) + 1)
+        style = {"marker": "o", "markersize": 3} | kwargs
+        (self.line_,) = ax.plot(
+            epochs, self.loss_curve, **style | {"label": f"{prefix}training loss"}
+        )
+        self.ax_, self.figure_ = ax, ax.figure
+        self.score_ax_ = self.score_line_ = None
+        if self.validation_scores is not None:
+            self.score_ax_ = _right_axes(ax)
+            style |= {"color": self.line_.get_color(), "linestyle": "--"}
+            # The epochs of an earlier fit that this one went on from may have no score.
+            scored = epochs[len(epochs) - len(self.validation_scores) :]
+            (self.score_line_,) = self.score_ax_.plot(scored, self.validation_scores, **style)
+            # An empty line of the left axes: one legend for both.
+            ax.plot([], [], **style | {"label": f"{prefix}validation score"})
+            self.score_ax_.set_ylabel("Validation score")
+        ax.set(xlabel="Epoch", ylabel="Training loss (nats)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend()
+        return self
+
+
+def _right_axes(ax: Any) -> Any:
+    """Return the twin of `ax` that an earlier display made, or a new one."""
+    for other in ax.get_shared_x_axes().get_siblings(ax):
+        if other is not ax and other.bbox.bounds == ax.bbox.bounds:
+            return other
+    return ax.twinx()

@@ -1,0 +1,90 @@
+"""scikit-learn's own checks: of the estimator, and of a tabular subclass that makes them run."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+from helpers import make_classifier
+from sklearn.exceptions import SkipTestWarning
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import validate_data
+
+from skqlora import QLoRAClassifier
+
+# The parametrization runs before any fixture: the model is written when a check first fits.
+MODEL = Path(tempfile.gettempdir()) / f"skqlora-test-common-{os.getpid()}"
+
+EXPECTED_FAILED_CHECKS = {
+    "check_sample_weight_equivalence_on_dense_data": (
+        "a repeated row falls into other batches than a weighted one; test_weights.py shows the "
+        "equality where all rows are one batch"
+    ),
+}
+
+
+class TabularClassifier(QLoRAClassifier):
+    """`QLoRAClassifier` with rows of numbers as `X`, which it reads as text.
+
+    scikit-learn has a single check for estimators of text. All code but the reading of `X` is the
+    real one.
+    """
+
+    def _check_texts(self, X, *, reset):
+        if isinstance(X, list) and X and isinstance(X[0], str):  # scored by early stopping
+            return super()._check_texts(X, reset=reset)
+        numbers = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=1)
+        return [" ".join(f"{10 * number:.0f}" for number in row[:8]) for row in numbers]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = False
+        tags.input_tags.two_d_array = True
+        tags.input_tags.one_d_array = False
+        return tags
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model():
+    """Write the tiny model that the checks fit, and take it away after them."""
+    import shutil
+
+    tiny.save_model(MODEL, "bert")
+    yield
+    shutil.rmtree(MODEL)
+
+
+def tabular():
+    params = make_classifier(str(MODEL), num_train_epochs=8, lora_dropout=0.0).get_params()
+    return TabularClassifier(**params)
+
+
+with pytest.warns(SkipTestWarning, match="one_d_array=True"):  # and what the subclass is for
+    CHECKS = parametrize_with_checks(
+        [QLoRAClassifier(), tabular()],
+        expected_failed_checks=lambda estimator: (
+            EXPECTED_FAILED_CHECKS if isinstance(estimator, TabularClassifier) else {}
+        ),
+    )
+
+
+@CHECKS
+def test_scikit_learn_check(estimator, check):
+    check(estimator)
+
+
+def test_tags_tell_the_truth():
+    tags = get_tags(QLoRAClassifier())
+    assert tags.input_tags.string
+    assert tags.input_tags.one_d_array
+    assert not tags.input_tags.two_d_array
+    assert not tags.input_tags.sparse
+    assert not tags.input_tags.allow_nan
+    assert tags.target_tags.required
+    assert tags.classifier_tags.multi_class
+    assert tags.classifier_tags.multi_label
+    assert not tags.target_tags.multi_output
+    assert not tags.non_deterministic
+    assert not hasattr(QLoRAClassifier(), "get_feature_names_out")
