@@ -465,13 +465,11 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
     def _check_validation(self, X_val, y_val, sample_weight_val, classes) -> LabelledTexts | None:
         """Check the texts to validate on as those to train on."""
-        if X_val is None and y_val is None and sample_weight_val is None:
+        if X_val is None and y_val is None:
             return None
         if X_val is None or y_val is None:
-            raise ValueError(
-                f"Got {'y_val' if X_val is None else 'X_val'} without "
-                f"{'X_val' if X_val is None else 'y_val'}. Wanted: both, or neither."
-            )
+            given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
+            raise ValueError(f"Got {given} without {missing}. Wanted: both, or neither.")
         if not self.early_stopping:
             raise ValueError(
                 "Got X_val and y_val with early_stopping=False, which would not look at them. "
@@ -482,8 +480,7 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
     def _become(self, attributes):
         """Set what is fitted, all at once: a failure before has left an older fit as it was."""
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        self.__dict__.update(attributes)
         return self
 
     def __getstate__(self):

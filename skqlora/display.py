@@ -103,10 +103,9 @@ class LossCurveDisplay:
         name = self.name if name is None else name
         prefix = "" if name is None else f"{name}: "
         epochs = range(1, len(self.loss_curve) + 1)
-        style = {"marker": "o", "markersize": 3} | kwargs
-        (self.line_,) = ax.plot(
-            epochs, self.loss_curve, **style | {"label": f"{prefix}training loss"}
-        )
+        style: dict[str, Any] = {"marker": "o", "markersize": 3} | kwargs
+        style["label"] = f"{prefix}training loss"
+        self.line_ = ax.plot(epochs, self.loss_curve, **style)[0]
         self.ax_, self.figure_ = ax, ax.figure
         self.score_ax_ = self.score_line_ = None
         if self.validation_scores is not None:
@@ -114,9 +113,10 @@ class LossCurveDisplay:
             style |= {"color": self.line_.get_color(), "linestyle": "--"}
             # The epochs of an earlier fit that this one went on from may have no score.
             scored = epochs[len(epochs) - len(self.validation_scores) :]
-            (self.score_line_,) = self.score_ax_.plot(scored, self.validation_scores, **style)
+            style["label"] = f"{prefix}validation score"
+            self.score_line_ = self.score_ax_.plot(scored, self.validation_scores, **style)[0]
             # An empty line of the left axes: one legend for both.
-            ax.plot([], [], **style | {"label": f"{prefix}validation score"})
+            ax.plot([], [], **style)
             self.score_ax_.set_ylabel("Validation score")
         ax.set(xlabel="Epoch", ylabel="Training loss (nats)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
