@@ -99,7 +99,7 @@ class LossCurveDisplay:
         from matplotlib.ticker import MaxNLocator
 
         if ax is None:
-            _, ax = plt.subplots()
+            _, ax = plt.subplots(layout="constrained")
         name = self.name if name is None else name
         prefix = "" if name is None else f"{name}: "
         epochs = range(1, len(self.loss_curve) + 1)
@@ -120,7 +120,8 @@ class LossCurveDisplay:
             self.score_ax_.set_ylabel("Validation score")
         ax.set(xlabel="Epoch", ylabel="Training loss (nats)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend()
+        # Above the axes: with falling and rising curves no corner is free.
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         return self
 
 

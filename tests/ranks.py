@@ -18,6 +18,7 @@ CASES = {
     "bfloat16": {"compute_dtype": "bfloat16"},
     "8-bit": {"optim": "paged_adamw_8bit"},
     "no seed": {"random_state": None},
+    "early stopping": {"early_stopping": True, "validation_fraction": 0.25, "random_state": None},
 }
 N_ROWS = 33  # the last batch of 16 is one row, so that one rank has none
 

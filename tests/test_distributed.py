@@ -34,6 +34,7 @@ def test_ranks_end_with_the_same_bits(fitted, case):
     _, (first, second) = fitted
     assert_equal_adapters(first[case], second[case])
     assert first[case].loss_curve_ == second[case].loss_curve_
+    assert first[case].validation_scores_ == second[case].validation_scores_
 
 
 @pytest.mark.parametrize("case", ["dropout", "micro-batches", "steps without a row"])

@@ -66,6 +66,25 @@ def test_optimizer_state_is_paged_and_its_memory_is_used_again(medium):
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_optimizer_goes_on_in_memory_of_its_own(medium, optim):
+    model = make_model(cuda_backbone(medium))
+    settings = make_settings(optim=optim)
+    with Trainer(model, random_tokens(), TARGETS, settings) as trainer:
+        trainer.train_epoch()
+        state = trainer.state()
+    with Trainer(model, random_tokens(), TARGETS, settings, resumed=state) as again:
+        torch.cuda.synchronize()
+        for ours, theirs in zip(again.state().states, state.states, strict=True):
+            for name, value in theirs.items():
+                np.testing.assert_array_equal(ours[name], value)
+        moments = again.optimizer.state[again.segments[0].leaf]
+        if optim != "adamw":
+            assert moments["state1"].is_paged
+        again.train_epoch()
+        assert again.n_updates == 2
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
 def test_cuda_learns_in_bfloat16(model, corpus, optim):
     texts, labels = corpus
     clf = make_classifier(
