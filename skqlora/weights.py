@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.utils.class_weight import compute_class_weight
 
 from skqlora.inputs import LabelledTexts
 
@@ -104,10 +103,10 @@ def _class_weights(
     """Weight of each class, by its number."""
     weights = np.ones(len(names))
     if class_weight == "balanced":
-        present = np.unique(targets)
-        weights[present] = compute_class_weight(
-            "balanced", classes=present, y=targets, sample_weight=sample_weight
-        )
+        # A text counts as often as its weight says.
+        counts = np.bincount(targets, weights=sample_weight, minlength=len(names))
+        present = counts > 0
+        weights[present] = counts.sum() / (present.sum() * counts[present])
     elif isinstance(class_weight, Mapping):
         weights[:] = _by_name(class_weight, names)
     return weights
