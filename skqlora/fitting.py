@@ -68,7 +68,7 @@ def fit_epochs(
             attributes = current()
         if stopping is not None:
             earlier = (estimator.validation_scores_ or []) if goes_on else []
-            attributes |= {
+            attributes = attributes | {
                 "adapter_": stopping.best,
                 "validation_scores_": earlier + stopping.scores,
                 "best_validation_score_": stopping.best_score,
@@ -78,19 +78,9 @@ def fit_epochs(
 
 
 def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
-    """Train one epoch on one piece of the data; the optimizer goes on as the adapter does.
+    """Train one epoch on one piece of the data, as `fit_epochs` does, and keep the optimizer.
 
-    Parameters
-    ----------
-    estimator : QLoRAClassifier
-    table : LabelledTexts
-    goes_on : bool
-        Start from the estimator's fitted adapter.
-
-    Returns
-    -------
-    attributes : dict
-        What makes the estimator a fitted one.
+    It goes on from where an earlier piece left it, as the adapter does.
     """
     import_libraries()
     from skqlora.distributed import Ranks

@@ -208,7 +208,7 @@ class Trainer:
         clock = self.model.clock
         clock.step, clock.batch_rows = self.n_updates, len(rows)
         # Over all micro-batches, so that the cut into them changes nothing.
-        total_weight = self.weights[rows].sum() or 1.0
+        total_weight = self.weights[rows].sum()
         share = self.ranks.share(len(rows))
         for first in range(0, len(share), self.settings.batch_size):
             clock.rows = share[first : first + self.settings.batch_size]

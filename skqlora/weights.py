@@ -1,6 +1,6 @@
 """How much each text counts in the loss: its own weight times that of its class.
 
-Knows nothing of texts or of the loss.
+Knows nothing of what the texts say, or of how the loss is computed.
 """
 
 from collections.abc import Mapping
@@ -50,9 +50,8 @@ def apply_class_weight(
         weights = sample_weight * _single_weights(table, sample_weight, class_weight)
     rows = np.flatnonzero(weights.reshape(len(weights), -1).any(axis=1))
     table, weights = table.take(rows), weights[rows]
-    left = len(rows) if table.multilabel else len(np.unique(table.targets))
-    if left < (1 if table.multilabel else min_classes):
-        names = sorted(set(table.labels.tolist())) if len(rows) else []
+    if len(rows) == 0 or (not table.multilabel and len(np.unique(table.targets)) < min_classes):
+        names = table.classes[np.unique(table.targets)].tolist()
         raise ValueError(
             f"Got weights (sample_weight and class_weight) that leave the classes {names} alone. "
             f"Wanted: at least {min_classes} with a weight above zero."
@@ -69,9 +68,8 @@ def _single_weights(
             "Got a list as class_weight with one label for each text. Wanted: a dict of label to "
             "weight, 'balanced' or None."
         )
-    return _class_weights(class_weight, table.classes.tolist(), table.targets, sample_weight)[
-        table.targets
-    ]
+    names = table.classes.tolist()
+    return _class_weights(class_weight, names, table.targets, sample_weight)[table.targets]
 
 
 def _label_weights(

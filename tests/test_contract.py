@@ -35,6 +35,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.fixes import parse_version
 
 from skqlora import LossCurveDisplay, QLoRAClassifier
 
@@ -57,7 +58,7 @@ def animal(labels):
 
 @pytest.fixture
 def indicator(labels):
-    """Two labels, of which a text has any number: a warm topic, and a topic of things."""
+    """Two labels, of which a text has none, one or both."""
     return np.column_stack([labels == "animal", labels != "number"]).astype(int)
 
 
@@ -421,7 +422,7 @@ def test_halving_over_epochs(clf, texts, labels):
 
 @pytest.mark.parametrize("method", ["temperature", "sigmoid"])
 def test_calibration(clf, texts, labels, method):
-    if method == "temperature" and sklearn.__version__ < "1.8":
+    if method == "temperature" and parse_version(sklearn.__version__) < parse_version("1.8"):
         pytest.skip("scikit-learn < 1.8 has no temperature scaling")
     frozen = FrozenEstimator(clf.fit(texts, labels))
     for estimator in (clf, frozen):
