@@ -4,10 +4,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing is ever fetched in a test
 
+import numpy as np
 import pytest
 import tiny
 import transformers
-from helpers import make_backbone
+from helpers import make_backbone, make_classifier
 
 transformers.utils.logging.disable_progress_bar()  # of `save_pretrained`
 
@@ -53,3 +54,33 @@ def backbone(model):
 def corpus():
     """Texts of three topics, and their topics."""
     return tiny.corpus()
+
+
+@pytest.fixture
+def texts(corpus):
+    """The texts of the corpus, in an array."""
+    return np.array(corpus[0], dtype=object)
+
+
+@pytest.fixture
+def labels(corpus):
+    """Three classes."""
+    return np.array(corpus[1], dtype=object)
+
+
+@pytest.fixture
+def animal(labels):
+    """Two classes."""
+    return (labels == "animal").astype(int)
+
+
+@pytest.fixture
+def indicator(labels):
+    """Two labels, of which a text has none, one or both."""
+    return np.column_stack([labels == "animal", labels != "number"]).astype(int)
+
+
+@pytest.fixture
+def clf(encoder):
+    """A classifier to be fitted on texts of the corpus, for two epochs."""
+    return make_classifier(encoder, num_train_epochs=2)

@@ -68,6 +68,12 @@ def lora_parameters(model):
     return {name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
 
 
+def trained_values(clf):
+    """All trained weights of a fitted classifier in one vector."""
+    tensors = [*clf.adapter_.lora_tensors.values(), *clf.adapter_.head_tensors.values()]
+    return np.concatenate([tensor.ravel() for tensor in tensors])
+
+
 def assert_equal_adapters(first, second):
     """Check that two fitted classifiers have the same weights, bit for bit."""
     for kind in ("lora_tensors", "head_tensors"):

@@ -19,7 +19,7 @@ MODEL = Path(tempfile.gettempdir()) / f"skqlora-test-common-{os.getpid()}"
 
 EXPECTED_FAILED_CHECKS = {
     "check_sample_weight_equivalence_on_dense_data": (
-        "a repeated row falls into other batches than a weighted one; test_contract.py shows the "
+        "a repeated row falls into other batches than a weighted one; test_weights.py shows the "
         "equality where all rows are one batch"
     ),
 }

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 
 from skqlora.inputs import check_labels, check_texts
@@ -42,6 +43,8 @@ def test_every_shape_of_a_column_of_texts_is_taken(X):
         (["a", None], TypeError, r"X\[1\] = None of type NoneType.*fillna"),
         (["a", np.nan], TypeError, r"X\[1\] = nan of type float"),
         (pd.Series(["a", pd.NA]), TypeError, r"X\[1\] ="),
+        (pl.Series(["a", None]), TypeError, r"X\[1\] = None of type NoneType.*fillna"),
+        (pl.DataFrame({"text": ["a", None]}), TypeError, r"X\[1\] = None of type NoneType"),
         (["a", b"b"], TypeError, r"X\[1\] = b'b' of type bytes"),
         ([1.5, "a"], TypeError, r"X\[0\] = 1.5 of type float"),
         (
@@ -89,6 +92,8 @@ def test_labels_come_back_from_their_classes(y):
         (np.array(["2020-01-01", "NaT", "2020-01-03"], "M8[D]"), r"y\[1\] = NaT, a missing"),
         ([1.0, np.nan, 2.0], r"y\[1\] = nan, a missing label"),
         (pd.Series(["a", "b", pd.NA]), r"y\[2\] = .*a missing label"),
+        (pl.Series(["a", "b", None]), r"y\[2\] = .*a missing label"),
+        (pl.Series([1, 2, None]), r"y\[2\] = .*a missing label"),
         ([0.5, 1.25, 2.0], "Unknown label type: continuous"),
         (np.eye(3) * 2, r"shape \(3, 3\) with 2.0 in it.*multilabel indicator of 0 and 1"),
     ],

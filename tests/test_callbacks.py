@@ -1,0 +1,83 @@
+"""scikit-learn's callbacks in a fit, a search and a pipeline; the progress bar without them."""
+
+import numpy as np
+import pytest
+from helpers import make_classifier
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from skqlora import QLoRAClassifier
+
+
+class StopAfter:
+    """A callback that stops a fit after some epochs."""
+
+    max_propagation_depth = None
+
+    def __init__(self, n_epochs):
+        self.n_epochs, self.seen = n_epochs, []
+
+    def setup(self, estimator, context):
+        pass
+
+    def teardown(self, estimator, context):
+        pass
+
+    def on_fit_task_begin(self, estimator, context):
+        pass
+
+    def on_fit_task_end(self, estimator, context, *, fitted_estimator=None, X=None):
+        if context.task_name == "epoch":
+            self.seen.append(fitted_estimator.predict(X))
+            return len(self.seen) >= self.n_epochs
+        return False
+
+
+needs_callbacks = pytest.mark.skipif(
+    not hasattr(QLoRAClassifier, "set_callbacks"), reason="scikit-learn < 1.9 has no callbacks"
+)
+
+
+@needs_callbacks
+def test_callback_stops_a_fit_and_stays_out_of_the_pickle(encoder, corpus):
+    import pickle
+
+    callback = StopAfter(2)
+    clf = make_classifier(encoder, num_train_epochs=5).set_callbacks(callback).fit(*corpus)
+    assert clf.n_iter_ == len(callback.seen) == 2
+    np.testing.assert_array_equal(callback.seen[-1], clf.predict(corpus[0]))
+    assert "_skl_callbacks" not in vars(pickle.loads(pickle.dumps(clf)))
+
+
+@needs_callbacks
+@pytest.mark.parametrize("nested", [False, True])
+def test_callbacks_of_scikit_learn_in_searches_and_pipelines(clf, texts, labels, nested, capsys):
+    from sklearn.callback import ProgressBar, ScoringMonitor
+
+    monitor = ScoringMonitor(scoring="accuracy")
+    clf.set_callbacks(monitor)
+    search = make_pipeline(clf) if nested else GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2)
+    search.set_callbacks(ProgressBar(max_propagation_depth=None)).fit(texts, labels)
+    scores = monitor.get_logs().data_as_pandas["accuracy"].dropna()
+    assert len(scores) >= (2 if nested else 10)
+    assert "QLoRAClassifier - fit" in capsys.readouterr().out
+
+
+@needs_callbacks
+def test_scores_come_back_from_worker_processes(clf, texts, labels):
+    from sklearn.callback import ScoringMonitor
+
+    monitor = ScoringMonitor(scoring="accuracy")
+    search = GridSearchCV(clf.set_callbacks(monitor), {"lora_r": [2, 4]}, cv=2, n_jobs=2)
+    search.fit(texts, labels)
+    scores = monitor.get_logs().data_as_pandas["accuracy"].dropna()
+    # An epoch or a whole fit each; four fits in the workers and the last one here.
+    assert len(scores) == 5 * (clf.num_train_epochs + 1)
+
+
+def test_progress_bar_tells_loss_and_speed(clf, corpus, capsys):
+    clf.set_params(verbose=1).fit(*corpus)
+    shown = capsys.readouterr().err
+    assert "fit: 100%" in shown
+    assert "loss=" in shown
+    assert "texts/s" in shown

@@ -1,0 +1,66 @@
+"""Early stopping: scores on held-out texts, and the best adapter kept."""
+
+import numpy as np
+import pytest
+from helpers import assert_equal_adapters, make_classifier
+
+
+@pytest.mark.parametrize("scoring", [None, "loss", "f1_macro", lambda est, X, y: est.score(X, y)])
+def test_early_stopping_keeps_the_best_adapter(encoder, corpus, scoring):
+    texts, labels = corpus
+    clf = make_classifier(
+        encoder, early_stopping=True, scoring=scoring, num_train_epochs=6, validation_fraction=0.25
+    )
+    clf.fit(texts, labels)
+    scores = clf.validation_scores_
+    assert len(scores) == len(clf.loss_curve_) == clf.n_iter_ <= 6
+    assert clf.best_validation_score_ == max(scores)
+
+
+def test_early_stopping_stops_and_restores(encoder, corpus):
+    texts, labels = corpus
+    given = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    settings = {"early_stopping": True, "num_train_epochs": 5, "n_iter_no_change": 2}
+    clf = make_classifier(encoder, scoring=lambda est, X, y: next(given), **settings)
+    clf.fit(texts, labels, X_val=texts[:9], y_val=labels[:9])
+    assert clf.validation_scores_ == [0.1, 0.5, 0.4, 0.3]
+    assert clf.n_iter_ == 4
+    # The adapter of the second epoch: that of a fit which stopped there.
+    given = iter([0.1, 0.5])
+    settings |= {"n_iter_no_change": 1, "tol": 1.0}
+    second = make_classifier(encoder, scoring=lambda est, X, y: next(given), **settings)
+    second.fit(texts, labels, X_val=texts[:9], y_val=labels[:9])
+    assert second.n_iter_ == 2
+    assert_equal_adapters(clf, second)
+
+
+def test_a_class_with_one_text_keeps_it_for_training(encoder, corpus):
+    texts, labels = [*corpus[0], "odd"], [*corpus[1], "single"]
+    clf = make_classifier(encoder, early_stopping=True, num_train_epochs=1).fit(texts, labels)
+    assert "single" in clf.classes_
+
+
+@pytest.mark.parametrize("scoring", [None, "loss", "f1_macro"])
+def test_multilabel_targets_stop_early(encoder, texts, indicator, scoring):
+    clf = make_classifier(encoder, early_stopping=True, scoring=scoring, num_train_epochs=8)
+    clf.fit(texts, indicator, X_val=texts[:12], y_val=indicator[:12])
+    assert clf.best_validation_score_ == max(clf.validation_scores_)
+    if scoring == "loss":
+        held_out = clf.predict_log_proba(texts[:12]), clf.decision_function(texts[:12])
+        present, absent = held_out[0], held_out[0] - held_out[1]
+        expected = np.where(indicator[:12], present, absent).mean()
+        assert clf.best_validation_score_ == pytest.approx(expected, abs=1e-6)
+
+
+def test_score_is_that_of_the_kept_adapter(encoder, texts, labels):
+    weights = np.linspace(0.1, 3, 12)
+    for scoring in ("loss", "accuracy"):
+        clf = make_classifier(encoder, early_stopping=True, scoring=scoring)
+        clf.fit(texts, labels, X_val=texts[:12], y_val=labels[:12], sample_weight_val=weights)
+        if scoring == "loss":
+            classes = np.searchsorted(clf.classes_, labels[:12])
+            log_proba = clf.predict_log_proba(texts[:12])[np.arange(12), classes]
+            expected = np.average(log_proba, weights=weights)
+        else:
+            expected = clf.score(texts[:12], labels[:12], sample_weight=weights)
+        assert clf.best_validation_score_ == pytest.approx(expected, abs=1e-6)

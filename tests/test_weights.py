@@ -1,0 +1,70 @@
+"""What texts, classes and labels count in the loss; bad weights are refused early."""
+
+import numpy as np
+import pytest
+from helpers import assert_equal_adapters, make_classifier, trained_values
+from sklearn.model_selection import cross_val_score
+
+
+def test_weight_of_two_is_the_row_twice_and_of_zero_no_row(model, corpus):
+    texts, labels = corpus
+    weights = np.arange(48) // 3 % 3
+    repeated = [i for i in range(48) for _ in range(weights[i])]
+    one_batch = {"batch_size": 64, "lora_dropout": 0.0, "optim": "adamw", "num_train_epochs": 1}
+    weighted = make_classifier(model, **one_batch).fit(texts, labels, sample_weight=weights)
+    twice = make_classifier(model, **one_batch)
+    twice.fit([texts[i] for i in repeated], [labels[i] for i in repeated])
+    np.testing.assert_allclose(weighted.loss_curve_, twice.loss_curve_, rtol=1e-5)
+    np.testing.assert_allclose(trained_values(weighted), trained_values(twice), rtol=0, atol=1e-4)
+
+
+def test_equal_weights_change_nothing(encoder, corpus):
+    plain = make_classifier(encoder).fit(*corpus)
+    assert_equal_adapters(plain, make_classifier(encoder).fit(*corpus, sample_weight=[3.0] * 48))
+
+
+def test_class_weight_moves_the_predictions(encoder, texts):
+    labels = np.array(["0", "1"])[(np.arange(48) % 8 == 0).astype(int)]
+    share = {
+        key: make_classifier(encoder, class_weight=weight, lora_dropout=0.0)
+        .fit(texts, labels)
+        .predict_proba(texts)[:, 1]
+        .mean()
+        for key, weight in [("none", None), ("balanced", "balanced"), ("dict", {"0": 1, "1": 7})]
+    }
+    assert share["none"] < share["balanced"] - 0.1
+    assert share["dict"] == pytest.approx(share["balanced"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fit", "params", "message"),
+    [
+        ({"sample_weight": [1.0, -1.0]}, {}, r"sample_weight\[1\] = -1.0.*negative"),
+        ({"sample_weight": [1.0, np.nan]}, {}, r"sample_weight\[1\] = nan"),
+        ({"sample_weight": [0, 0]}, {}, "zeros alone"),
+        ({"sample_weight": [1]}, {}, r"shape \(1,\)"),
+        ({"sample_weight": ["a", "b"]}, {}, "not all numbers"),
+        ({"sample_weight": [1, 0]}, {}, r"leave the classes \['a'\] alone"),
+        ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\]"),
+        ({}, {"class_weight": {"a": -2}}, "weight -2 in class_weight"),
+        ({}, {"class_weight": [{0: 1}]}, "list as class_weight"),
+        ({"X_val": ["a"]}, {}, "X_val without y_val"),
+        ({"X_val": ["a"], "y_val": ["a"]}, {}, "early_stopping=False"),
+        ({"X_val": ["a"], "y_val": ["c"]}, {"early_stopping": True}, "not among the classes"),
+        ({}, {"early_stopping": True}, "too few for one text of each"),
+        ({"X_val": ["a"], "y_val": ["a"]}, {"early_stopping": True, "scoring": "best"}, "scoring"),
+    ],
+)
+def test_bad_weights_and_validation_are_refused(encoder, monkeypatch, fit, params, message):
+    def load(*_, **__):
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr("skqlora.backbone.Backbone.load", load)
+    with pytest.raises(ValueError, match=message):
+        make_classifier(encoder, **params).fit(["one", "two"], ["a", "b"], **fit)
+
+
+def test_cross_val_score_shows_our_message(clf, texts, labels):
+    texts[5] = None
+    with pytest.raises(TypeError, match="of type NoneType"):
+        cross_val_score(clf, texts, labels, cv=2, error_score="raise")
