@@ -21,7 +21,7 @@ from skqlora.inputs import (
 )
 from skqlora.quiet import import_libraries
 
-DOC_LINK = "https://skqlora.readthedocs.io/stable/{estimator_module}.{estimator_name}.html"
+DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
 SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 
 

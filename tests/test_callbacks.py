@@ -12,8 +12,6 @@ from skqlora import QLoRAClassifier
 class StopAfter:
     """A callback that stops a fit after some epochs."""
 
-    max_propagation_depth = None
-
     def __init__(self, n_epochs):
         self.n_epochs, self.seen = n_epochs, []
 
@@ -47,6 +45,17 @@ def test_callback_stops_a_fit_and_stays_out_of_the_pickle(encoder, corpus):
     assert clf.n_iter_ == len(callback.seen) == 2
     np.testing.assert_array_equal(callback.seen[-1], clf.predict(corpus[0]))
     assert "_skl_callbacks" not in vars(pickle.loads(pickle.dumps(clf)))
+
+
+@needs_callbacks
+@pytest.mark.parametrize("nested", [False, True])
+def test_callback_stops_fits_within_other_estimators(encoder, texts, labels, nested):
+    clf = make_classifier(encoder, num_train_epochs=5).set_callbacks(StopAfter(1))
+    if nested:
+        assert make_pipeline(clf).fit(texts, labels)[-1].n_iter_ == 1
+    else:
+        search = GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2).fit(texts, labels)
+        assert search.best_estimator_.n_iter_ == 1
 
 
 @needs_callbacks

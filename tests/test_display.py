@@ -29,5 +29,5 @@ def test_curves_of_several_estimators_on_one_axis(encoder, corpus):
 
 def test_html_repr_links_to_the_documentation_and_is_small(clf, corpus):
     html = clf.fit(*corpus)._repr_html_()
-    assert "skqlora.classifier.QLoRAClassifier.html" in html
+    assert "/generated/skqlora.QLoRAClassifier.html" in html
     assert len(html) < 100_000
