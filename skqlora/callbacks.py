@@ -13,11 +13,20 @@ try:
 except ImportError:  # scikit-learn < 1.9: `set_callbacks` is not offered
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Nothing."""
+        """A base class that adds nothing."""
 
     def with_callbacks(method):
         """Return the method."""
         return method
+
+
+# What scikit-learn notes on an estimator: the callbacks, and the fit that they watch.
+CALLBACK_ATTRIBUTES = {
+    "_skl_callbacks",
+    "_skl_callbacks_to_teardown",
+    "_callback_fit_ctx",
+    "_parent_callback_ctx",
+}
 
 
 class FitTasks:

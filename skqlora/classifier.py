@@ -10,13 +10,15 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from skqlora.callbacks import CallbackSupportMixin, with_callbacks
+from skqlora.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_callbacks
 from skqlora.fitting import fit_epochs, fit_piece
 from skqlora.inputs import (
     LabelledTexts,
     check_classes,
     check_labelled_texts,
     check_texts,
+    check_validation,
+    is_validation_given,
     refuse_other_classes,
 )
 from skqlora.quiet import import_libraries
@@ -106,20 +108,23 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ``n_texts / (n_classes * count)``. They multiply `sample_weight`.
     early_stopping : bool, default=False
         Score held-out texts after each epoch, stop when that no longer rises, and keep the adapter
-        of the best epoch.
+        of the best epoch; after `warm_start` of the start too. `class_weight` does not enter the
+        score.
     validation_fraction : float, default=0.1
         Share of the texts that early stopping holds out, in the classes' proportions, unless `fit`
-        gets `X_val`. A class with a single text keeps it for training.
+        gets `X_val`. Each class keeps a text for training.
     n_iter_no_change : int, default=2
         Epochs in a row without a rise after which early stopping stops.
     tol : float, default=1e-4
         A rise of the score is more than this.
     scoring : str, callable or None, default=None
         What early stopping scores: a name or a callable as in scikit-learn, "loss" for the
-        negative cross-entropy, None for `score`.
+        negative cross-entropy, None for `score`. For multilabel targets "loss", "f1_macro" or
+        "average_precision" tell more than `score`, which wants all labels of a text right.
     warm_start : bool, default=False
         `fit` goes on from the fitted adapter, with a new optimizer and schedule; the classes must
-        be the same. `n_iter_` and the curves go on too.
+        be the same. `n_iter_` and the curves go on too, and what is held out stays so, given the
+        same texts.
     random_state : int, RandomState instance or None, default=None
         Of the adapter's and head's first values, what is held out, the order of the texts and
         dropout. The global random states are neither used nor changed, but that None draws a seed
@@ -137,11 +142,11 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         The adapter and the head: megabytes, in NumPy arrays. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
     n_iter_ : int
-        Epochs trained.
+        Epochs trained; calls of `partial_fit`.
     loss_curve_ : list of float, of length n_iter_
         Mean training cross-entropy of each epoch, in nats; weighted as the training is.
-    validation_scores_ : list of float, or None without early stopping
-        Score of each epoch on the held-out texts.
+    validation_scores_ : list of float, of length n_iter_, or None without early stopping
+        Score of each epoch on the held-out texts; nan for those of an earlier fit without them.
     best_validation_score_ : float, or None without early stopping
         That of the adapter which was kept.
     optimizer_state_ : OptimizerState, or None but after `partial_fit`
@@ -314,8 +319,10 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         sample_weight : array-like of shape (n_texts,), default=None
             What each text counts in the loss. A text of weight 0 is left out.
         X_val, y_val : like `X` and `y`, default=None
-            What early stopping scores, instead of a part of `X`. scikit-learn's searches cut
-            whatever is as long as `X` into folds: do not pass as many validation texts as texts.
+            What early stopping scores, instead of a part of `X`. Within a `Pipeline` its
+            ``transform_input=["X_val"]`` sends them through the steps before. scikit-learn's
+            searches cut whatever is as long as `X` into folds: do not pass as many validation
+            texts as texts.
         sample_weight_val : array-like of shape (n_validation_texts,), default=None
             Weights in that score.
 
@@ -336,11 +343,13 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         """
         self._validate_params()
         table = check_labelled_texts(self._check_texts(X, reset=True), y, sample_weight)
-        held_out = self._check_validation(X_val, y_val, sample_weight_val, table.classes)
+        held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         goes_on = self.warm_start and hasattr(self, "adapter_")
         if goes_on:
             refuse_other_classes(table, self.classes_, self.multilabel_)
-        return self._become(fit_epochs(self, table, held_out, goes_on=goes_on))
+        # All at once and at the end: a failure leaves an older fit as it was.
+        self.__dict__.update(fit_epochs(self, table, held_out, goes_on=goes_on))
+        return self
 
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one epoch on one piece of the data, going on from what was fitted before.
@@ -382,7 +391,8 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         table = check_labelled_texts(texts, y, sample_weight, known)
         if goes_on:
             refuse_other_classes(table, self.classes_, self.multilabel_)
-        return self._become(fit_piece(self, table, goes_on=goes_on))
+        self.__dict__.update(fit_piece(self, table, goes_on=goes_on))
+        return self
 
     def predict(self, X):
         """Predict the label of each text.
@@ -393,8 +403,8 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
         Returns
         -------
-        labels : ndarray of shape (n_texts,)
-            In the dtype of the labels that were fitted.
+        labels : ndarray of shape (n_texts,), or (n_texts, n_labels)
+            In the dtype of the labels that were fitted; a multilabel indicator of int.
         """
         logits = self._logits(X)
         if self.multilabel_:
@@ -459,35 +469,22 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
 
         return compute_logits(self, self.adapter_, texts)
 
-    def _check_texts(self, X, *, reset: bool) -> list[str]:
+    def _check_texts(self, X, *, reset: bool, name: str = "X") -> list[str]:
         """Turn `X` into texts; `reset` says whether what is seen in it is to be remembered."""
-        return check_texts(X)
+        return check_texts(X, name)
 
-    def _check_validation(self, X_val, y_val, sample_weight_val, classes) -> LabelledTexts | None:
-        """Check the texts to validate on as those to train on."""
-        if X_val is None and y_val is None:
+    def _check_validation(self, training, X_val, y_val, sample_weight_val) -> LabelledTexts | None:
+        """Check what early stopping scores as what is trained on."""
+        if not is_validation_given(X_val, y_val, sample_weight_val, self.early_stopping):
             return None
-        if X_val is None or y_val is None:
-            given, missing = ("y_val", "X_val") if X_val is None else ("X_val", "y_val")
-            raise ValueError(f"Got {given} without {missing}. Wanted: both, or neither.")
-        if not self.early_stopping:
-            raise ValueError(
-                "Got X_val and y_val with early_stopping=False, which would not look at them. "
-                "Wanted: early_stopping=True, or neither."
-            )
-        texts = self._check_texts(X_val, reset=False)
-        return check_labelled_texts(texts, y_val, sample_weight_val, classes)
-
-    def _become(self, attributes):
-        """Set what is fitted, all at once: a failure before has left an older fit as it was."""
-        self.__dict__.update(attributes)
-        return self
+        texts = self._check_texts(X_val, reset=False, name="X_val")
+        return check_validation(texts, y_val, sample_weight_val, training)
 
     def __getstate__(self):
         """Leave callbacks out of a fitted estimator; on the way to a worker they are needed."""
-        state = super().__getstate__().copy()
+        state = super().__getstate__()
         if "adapter_" in state:
-            state.pop("_skl_callbacks", None)
+            state = {key: value for key, value in state.items() if key not in CALLBACK_ATTRIBUTES}
         return state
 
     def __sklearn_tags__(self):

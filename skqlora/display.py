@@ -3,6 +3,7 @@
 from typing import Any
 
 from sklearn.utils._optional_dependencies import check_matplotlib_support
+from sklearn.utils._plotting import _validate_style_kwargs
 from sklearn.utils.validation import check_is_fitted
 
 
@@ -16,7 +17,7 @@ class LossCurveDisplay:
     loss_curve : list of float, of length n_epochs
         Mean training cross-entropy of each epoch, in nats.
     validation_scores : list of float, of length n_epochs, or None
-        Score of each epoch on held-out texts.
+        Score of each epoch on held-out texts, or nan.
     name : str, default=None
         Of the estimator, in the legend.
 
@@ -67,9 +68,16 @@ class LossCurveDisplay:
             Without matplotlib.
         sklearn.exceptions.NotFittedError
             If the classifier is not fitted.
+        TypeError
+            If it is something else, e.g. a Pipeline.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
+        if not hasattr(estimator, "loss_curve_"):
+            raise TypeError(
+                f"Got a {type(estimator).__name__}, which has no loss_curve_. Wanted: a fitted "
+                "QLoRAClassifier. Pass the one inside, e.g. pipeline[-1] or search.best_estimator_."
+            )
         display = cls(
             loss_curve=estimator.loss_curve_,
             validation_scores=estimator.validation_scores_,
@@ -103,18 +111,16 @@ class LossCurveDisplay:
         name = self.name if name is None else name
         prefix = "" if name is None else f"{name}: "
         epochs = range(1, len(self.loss_curve) + 1)
-        style: dict[str, Any] = {"marker": "o", "markersize": 3} | kwargs
-        style["label"] = f"{prefix}training loss"
-        self.line_ = ax.plot(epochs, self.loss_curve, **style)[0]
+        style = {"marker": "o", "markersize": 3, "label": f"{prefix}training loss"}
+        self.line_ = ax.plot(epochs, self.loss_curve, **_validate_style_kwargs(style, kwargs))[0]
         self.ax_, self.figure_ = ax, ax.figure
         self.score_ax_ = self.score_line_ = None
         if self.validation_scores is not None:
             self.score_ax_ = _right_axes(ax)
             style |= {"color": self.line_.get_color(), "linestyle": "--"}
-            # The epochs of an earlier fit that this one went on from may have no score.
-            scored = epochs[len(epochs) - len(self.validation_scores) :]
             style["label"] = f"{prefix}validation score"
-            self.score_line_ = self.score_ax_.plot(scored, self.validation_scores, **style)[0]
+            style = _validate_style_kwargs(style, kwargs)
+            self.score_line_ = self.score_ax_.plot(epochs, self.validation_scores, **style)[0]
             # An empty line of the left axes: one legend for both.
             ax.plot([], [], **style)
             self.score_ax_.set_ylabel("Validation score")

@@ -4,6 +4,7 @@ Knows nothing of how a model is trained.
 """
 
 import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,8 @@ class EarlyStopping:
     estimator : QLoRAClassifier
         Its `scoring`, `n_iter_no_change` and `tol` are read.
     held_out : LabelledTexts
-
-    Attributes
-    ----------
-    scores : list of float
-        Greater is better.
-    best : AdapterState
-    best_score : float
+    earlier : list of float
+        Scores of the epochs of earlier fits, which this one goes on from.
 
     Raises
     ------
@@ -36,33 +32,48 @@ class EarlyStopping:
         If `scoring` is the name of no scorer.
     """
 
-    def __init__(self, estimator: Any, held_out: LabelledTexts):
+    def __init__(self, estimator: Any, held_out: LabelledTexts, earlier: list[float]):
         scoring = estimator.scoring
         self._scorer = _loss_scorer if scoring == "loss" else check_scoring(estimator, scoring)
         self._patience, self._tol = estimator.n_iter_no_change, estimator.tol
         self._held_out = held_out
         self._epochs_without_change = 0
-        self.scores: list[float] = []
-        self.best: AdapterState | None = None
-        self.best_score = -math.inf
+        self._scores = list(earlier)
+        self._best: AdapterState | None = None
+        self._best_score = -math.inf
 
     def score(self, fitted: Any) -> float:
         """Score an estimator as it would be if its fit ended now.
 
         Raises
         ------
+        TypeError
+            If there are weights and the scorer takes none.
         ValueError
             If the score is no finite number.
         """
-        weights = self._held_out.sample_weight
-        weighted = {} if weights is None else {"sample_weight": weights}
-        score = self._scorer(fitted, self._held_out.texts, self._held_out.labels, **weighted)
-        if not np.isfinite(score):
+        table = self._held_out
+        weights = {} if table.sample_weight is None else {"sample_weight": table.sample_weight}
+        try:
+            score = self._scorer(fitted, table.texts, table.labels, **weights)
+        except TypeError as error:
+            if weights and "sample_weight" in str(error):
+                raise TypeError(
+                    f"The `scoring` of early stopping takes no sample_weight ({error}), but the "
+                    "validation has one. Wanted: another `scoring`, or X_val and y_val without "
+                    "sample_weight_val."
+                ) from error
+            raise
+        if not isinstance(score, Real) or not math.isfinite(score):
             raise ValueError(
-                f"Got the score {score} on the {len(self._held_out)} texts of the validation. "
-                "Wanted: a finite number. Choose another `scoring`, or a larger validation."
+                f"Got the score {score} on the {len(table)} texts of the validation. Wanted: a "
+                "finite number. Choose another `scoring`, or a larger validation."
             )
         return float(score)
+
+    def start_from(self, score: float, adapter: AdapterState) -> None:
+        """Keep an adapter from before the first epoch until there is a better one."""
+        self._best, self._best_score = adapter, score
 
     def update(self, score: float, adapter: AdapterState) -> bool:
         """Note an epoch's score; return whether to stop.
@@ -70,12 +81,20 @@ class EarlyStopping:
         As in `MLPClassifier`: an epoch counts as no change if its score is not above the best one
         so far by more than `tol`.
         """
-        changed = score > self.best_score + self._tol
+        changed = score > self._best_score + self._tol
         self._epochs_without_change = 0 if changed else self._epochs_without_change + 1
-        if score > self.best_score:
-            self.best, self.best_score = adapter, score
-        self.scores.append(score)
+        if score > self._best_score:
+            self._best, self._best_score = adapter, score
+        self._scores.append(score)
         return self._epochs_without_change >= self._patience
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what early stopping makes of the estimator's fitted attributes."""
+        return {
+            "adapter_": self._best,
+            "validation_scores_": list(self._scores),
+            "best_validation_score_": self._best_score,
+        }
 
 
 def hold_out(
@@ -83,7 +102,8 @@ def hold_out(
 ) -> tuple[LabelledTexts, LabelledTexts]:
     """Split texts for validation off, in the classes' proportions.
 
-    A class with one text keeps it for training. Multilabel texts are split at random.
+    Each class keeps a text for training, so a rare one may have none held out. Multilabel texts
+    are split at random.
 
     Parameters
     ----------
@@ -109,9 +129,9 @@ def hold_out(
     if n_held_out < n_classes or len(divisible) - n_held_out < n_classes or n_classes == 0:
         raise ValueError(
             f"Got early_stopping=True and validation_fraction={fraction} with {len(table)} texts, "
-            f"of which {n_held_out} would be held out: too few for one text of each of the "
-            f"{len(table.classes)} classes on both sides. Wanted: more texts, another "
-            "validation_fraction, or X_val and y_val."
+            f"of which {n_held_out} would be held out: too few, on one side or the other, for "
+            f"one of each of the {n_classes} classes with several texts. Wanted: more texts, "
+            "another validation_fraction, or X_val and y_val."
         )
     _, held_out = train_test_split(
         divisible,
@@ -119,8 +139,12 @@ def hold_out(
         random_state=seed,
         stratify=None if counts is None else table.targets[divisible],
     )
-    held_out = np.sort(held_out)
-    return table.take(np.setdiff1d(rows, held_out)), table.take(held_out)
+    if counts is not None:  # rounding may have left a class nothing to train on
+        trained = np.unique(table.targets[np.setdiff1d(rows, held_out)])
+        of_class, first = np.unique(table.targets[held_out], return_index=True)
+        held_out = np.delete(held_out, first[~np.isin(of_class, trained)])
+    training = np.setdiff1d(rows, held_out)
+    return table.take(training), table.take(np.sort(held_out))
 
 
 def _loss_scorer(fitted: Any, X: list[str], y: np.ndarray, sample_weight: Any = None) -> float:

@@ -5,6 +5,9 @@ Knows nothing of torch; the estimator is only read.
 
 import copy
 import functools
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,34 +48,39 @@ def fit_epochs(
     from skqlora.finetuning import finetuning
 
     with Ranks.current().one_fit_at_a_time() as ranks:
-        seed = ranks.from_first(_draw_seed(estimator))
+        seed = ranks.from_first(_choose_seed(estimator, goes_on))
         if estimator.early_stopping and held_out is None:
             table, held_out = hold_out(table, estimator.validation_fraction, seed)
-        stopping = None if held_out is None else EarlyStopping(estimator, held_out)
-        table, weights = apply_class_weight(table, estimator.class_weight)
-        start = estimator.adapter_ if goes_on else None
-        tasks = FitTasks(estimator, estimator.num_train_epochs, table)
         losses = list(estimator.loss_curve_) if goes_on else []
-        with finetuning(estimator, table, weights, seed, start=start) as run:
+        stopping = None
+        if held_out is not None:
+            earlier = estimator.validation_scores_ if goes_on else None
+            stopping = EarlyStopping(estimator, held_out, earlier or [math.nan] * len(losses))
+        table, weights = apply_class_weight(table, estimator.class_weight)
+        weights = weights / weights.mean()  # only their ratios matter
+        tasks = FitTasks(estimator, estimator.num_train_epochs, table)
+        start = estimator.adapter_ if goes_on else None
+        with finetuning(estimator, table, weights, seed + len(losses), start=start) as run:
+            fitted = partial(_attributes, table, run, losses, seed)
+            if stopping is not None:
+                # What is wrong with a scorer shows before the training.
+                score = ranks.from_first(stopping.score(as_fitted(estimator, fitted())))
+                if start is not None:
+                    stopping.start_from(score, start)
             for _ in range(estimator.num_train_epochs):
                 tasks.begin_epoch()
                 losses.append(run.trainer.train_epoch())
-                current = functools.cache(lambda: _attributes(table, run, losses))
+                current: Callable[[], dict[str, Any]] = functools.cache(fitted)
                 stop = False
                 if stopping is not None:
                     score = ranks.from_first(stopping.score(as_fitted(estimator, current())))
+                    run.trainer.show(score=f"{score:.3f}")
                     stop = stopping.update(score, current()["adapter_"])
+                    current = partial(dict, current(), **stopping.attributes())
                 stop |= tasks.end_epoch(current)
                 if ranks.from_first(stop):
                     break
             attributes = current()
-        if stopping is not None:
-            earlier = (estimator.validation_scores_ or []) if goes_on else []
-            attributes = attributes | {
-                "adapter_": stopping.best,
-                "validation_scores_": earlier + stopping.scores,
-                "best_validation_score_": stopping.best_score,
-            }
         tasks.end(lambda: attributes)
     return attributes
 
@@ -87,20 +95,20 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
     from skqlora.finetuning import finetuning
 
     with Ranks.current().one_fit_at_a_time() as ranks:
-        seed = ranks.from_first(_draw_seed(estimator))
+        seed = ranks.from_first(_choose_seed(estimator, goes_on))
         table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
         losses = list(estimator.loss_curve_) if goes_on else []
         with finetuning(
             estimator,
             table,
             weights,
-            seed,
+            seed + len(losses),
             start=estimator.adapter_ if goes_on else None,
             resumed=estimator.optimizer_state_ if goes_on else None,
             incremental=True,
         ) as run:
             losses.append(run.trainer.train_epoch())
-            attributes = _attributes(table, run, losses)
+            attributes = _attributes(table, run, losses, seed)
             return attributes | {"optimizer_state_": run.trainer.state()}
 
 
@@ -111,7 +119,9 @@ def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
     return fitted
 
 
-def _attributes(table: LabelledTexts, run: "Finetuning", losses: list[float]) -> dict[str, Any]:
+def _attributes(
+    table: LabelledTexts, run: "Finetuning", losses: list[float], seed: int
+) -> dict[str, Any]:
     """Collect what makes the estimator a fitted one, if its fit ended now."""
     adapter: AdapterState = run.capture()
     return {
@@ -124,8 +134,15 @@ def _attributes(table: LabelledTexts, run: "Finetuning", losses: list[float]) ->
         "best_validation_score_": None,
         "optimizer_state_": None,
         "footprint_": run.footprint,
+        "_random_seed": seed,
     }
 
 
-def _draw_seed(estimator: Any) -> int:
+def _choose_seed(estimator: Any, goes_on: bool) -> int:
+    """Draw a seed; a fit that goes on keeps the first one's, so that the same texts stay held out.
+
+    What it trains with is that plus the epochs before: each has another order and dropout.
+    """
+    if goes_on:
+        return estimator._random_seed
     return check_random_state(estimator.random_state).randint(np.iinfo(np.int32).max)

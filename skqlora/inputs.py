@@ -17,12 +17,14 @@ SEVERAL_LABELS = (
 )
 
 
-def check_texts(X: Any) -> list[str]:
+def check_texts(X: Any, name: str = "X") -> list[str]:
     """Turn a user's texts into a list of str.
 
     Parameters
     ----------
     X : list, tuple, Series or array of str, of shape (n_texts,), or a table with one column
+    name : str, default="X"
+        What the user calls it.
 
     Returns
     -------
@@ -37,28 +39,31 @@ def check_texts(X: Any) -> list[str]:
     """
     wanted = "Wanted: a list, Series or array of str."
     if isinstance(X, (str, bytes)):
-        raise TypeError(f"Got X as a single {type(X).__name__}. {wanted} Pass [text] for one text.")
-    if not hasattr(X, "__len__") or not hasattr(X, "__getitem__") or isinstance(X, dict):
         raise TypeError(
-            f"Got X of type {type(X).__name__}. {wanted} Pass list(X) if it holds texts."
+            f"Got {name} as a single {type(X).__name__}. {wanted} Pass [text] for one text."
+        )
+    column_like = hasattr(X, "__len__") and hasattr(X, "__getitem__")
+    if not column_like or isinstance(X, dict) or scipy.sparse.issparse(X):
+        raise TypeError(
+            f"Got {name} of type {type(X).__name__}. {wanted} Pass list({name}) if it holds texts."
         )
     values = np.asarray(X, dtype=object)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.ndim != 1:
         raise ValueError(
-            f"Got X of shape {values.shape}. Wanted: one text a row. Pass a single column, or join "
-            "the columns into one text."
+            f"Got {name} of shape {values.shape}. Wanted: one text a row. Pass a single column, "
+            "or join the columns into one text."
         )
     if len(values) == 0:
-        raise ValueError("Got X with 0 sample(s). Wanted: at least one text.")
+        raise ValueError(f"Got {name} with 0 sample(s). Wanted: at least one text.")
     for position, text in enumerate(values):
         if not isinstance(text, str):
             raise TypeError(
-                f"Got X[{position}] = {_short(text)} of type {type(text).__name__}. Wanted: str in "
-                "every row. Drop the row, or turn it into text (missing texts: fillna(''))."
+                f"Got {name}[{position}] = {_short(text)} of type {type(text).__name__}. Wanted: "
+                "str in every row. Drop the row, or turn it into text (missing texts: fillna(''))."
             )
-    return [_well_formed(text, position) for position, text in enumerate(values)]
+    return [_well_formed(text, f"{name}[{position}]") for position, text in enumerate(values)]
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,11 @@ class LabelledTexts:
 
 
 def check_labelled_texts(
-    texts: list[str], y: Any, sample_weight: Any = None, classes: np.ndarray | None = None
+    texts: list[str],
+    y: Any,
+    sample_weight: Any = None,
+    classes: np.ndarray | None = None,
+    suffix: str = "",
 ) -> LabelledTexts:
     """Put checked texts, a user's labels and weights together; rows of weight zero are left out.
 
@@ -116,21 +125,77 @@ def check_labelled_texts(
     sample_weight : array-like of shape (n_texts,) or float, optional
     classes : ndarray of shape (n_classes,), optional
         The only ones that there may be. Without them `y` must have two or more.
+    suffix : str, default=""
+        Of the names that the user gives all of them.
 
     Raises
     ------
     ValueError
         If labels or weights are not what they should be, or not one for each text.
     """
-    classes, targets = check_labels(y, len(texts), classes)
-    table = LabelledTexts(texts, classes, targets, check_sample_weight(sample_weight, len(texts)))
+    classes, targets = check_labels(y, len(texts), classes, suffix)
+    sample_weight = check_sample_weight(sample_weight, len(texts), f"sample_weight{suffix}")
+    table = LabelledTexts(texts, classes, targets, sample_weight)
     if table.sample_weight is None:
         return table
     return table.take(np.flatnonzero(table.sample_weight))
 
 
+def is_validation_given(
+    X_val: Any, y_val: Any, sample_weight_val: Any, early_stopping: bool
+) -> bool:
+    """Tell whether early stopping is to score texts of the user's.
+
+    Raises
+    ------
+    ValueError
+        If texts or labels are missing, or there is no early stopping.
+    """
+    values = {"X_val": X_val, "y_val": y_val, "sample_weight_val": sample_weight_val}
+    given = [name for name, value in values.items() if value is not None]
+    missing = [name for name in ("X_val", "y_val") if name not in given]
+    if given and missing:
+        raise ValueError(
+            f"Got {' and '.join(given)} without {' and '.join(missing)}. Wanted: both X_val and "
+            "y_val, or neither."
+        )
+    if given and not early_stopping:
+        raise ValueError(
+            f"Got {' and '.join(given)} with early_stopping=False, which would not look at them. "
+            "Wanted: early_stopping=True, or none of them."
+        )
+    return bool(given)
+
+
+def check_validation(
+    texts: list[str], y_val: Any, sample_weight_val: Any, training: LabelledTexts
+) -> LabelledTexts:
+    """Put what early stopping scores together; the labels must be of those to train on.
+
+    Parameters
+    ----------
+    texts : list of str, of length n_texts
+    y_val : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
+    sample_weight_val : array-like of shape (n_texts,) or None
+    training : LabelledTexts
+
+    Raises
+    ------
+    ValueError
+        If they are not what they should be, or of another kind than those to train on.
+    """
+    table = check_labelled_texts(texts, y_val, sample_weight_val, training.classes, suffix="_val")
+    if table.multilabel != training.multilabel:
+        kinds = ["one label for each text", "a multilabel indicator"]
+        raise ValueError(
+            f"Got as y_val {kinds[table.multilabel]}, but as y {kinds[training.multilabel]}. "
+            "Wanted: both of one kind."
+        )
+    return table
+
+
 def check_labels(
-    y: Any, n_texts: int, classes: np.ndarray | None = None
+    y: Any, n_texts: int, classes: np.ndarray | None = None, suffix: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn a user's labels into sorted classes and class numbers.
 
@@ -141,6 +206,8 @@ def check_labels(
     n_texts : int
     classes : ndarray of shape (n_classes,), optional
         Sorted; the only ones that there may be. Without them `y` must have two or more.
+    suffix : str, default=""
+        Of the names that the user gives texts and labels.
 
     Returns
     -------
@@ -156,15 +223,16 @@ def check_labels(
     """
     if y is None:
         raise ValueError("QLoRAClassifier requires y to be passed, but the target y is None.")
-    labels = _as_array(y)
+    name = f"y{suffix}"
+    labels = _as_array(y, name)
     if len(labels) != n_texts:
         raise ValueError(
-            f"Found inconsistent numbers of samples: {n_texts} texts in X but {len(labels)} labels "
-            "in y. Wanted: one label for each text."
+            f"Found inconsistent numbers of samples: {n_texts} texts in X{suffix} but "
+            f"{len(labels)} labels in {name}. Wanted: one label for each text."
         )
     if labels.ndim == 2 and labels.shape[1] > 1:
-        return _check_indicator(labels, classes)
-    labels = _check_column(column_or_1d(labels, warn=True))
+        return _check_indicator(labels, classes, name)
+    labels = _check_column(column_or_1d(labels, warn=True), name)
     if isinstance(y, (list, tuple)) and labels.dtype == object:
         labels = labels.astype(str)  # as NumPy makes of a list
     if classes is None:
@@ -179,7 +247,7 @@ def check_labels(
     unknown = [label for label in np.unique(labels).tolist() if label not in numbers]
     if unknown:
         raise ValueError(
-            f"Got labels in y that are not among the classes: {_short(unknown)}. Wanted: of "
+            f"Got labels in {name} that are not among the classes: {_short(unknown)}. Wanted: of "
             f"{_short(classes.tolist())} alone. Drop those rows, or fit anew with all classes."
         )
     return classes, np.array([numbers[label] for label in labels.tolist()])
@@ -211,13 +279,14 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
                 "will come."
             )
         return earlier
-    classes = np.unique(_check_column(column_or_1d(_as_array(classes))))
+    column = column_or_1d(_as_array(classes, "classes"))
+    classes = np.unique(_check_column(column, "classes")) if len(column) else column
     if len(classes) < 2:
         raise ValueError(f"Got classes={classes.tolist()}. Wanted: at least two classes.")
     if earlier is not None and not np.array_equal(classes, earlier):
         raise ValueError(
             f"Got classes={classes.tolist()} but those before are {earlier.tolist()}. Wanted: the "
-            "same at each call of partial_fit."
+            "same at each call of partial_fit, or a new estimator."
         )
     return classes
 
@@ -236,18 +305,22 @@ def refuse_other_classes(table: LabelledTexts, classes: np.ndarray, multilabel: 
         ]
         raise ValueError(
             f"Got y of the classes {_short(table.classes.tolist())} ({kinds[0]}) but the fit to go "
-            f"on from has {_short(classes.tolist())} ({kinds[1]}). Wanted: the same classes, or a "
-            "fit with warm_start=False."
+            f"on from has {_short(classes.tolist())} ({kinds[1]}). Wanted: the same classes, or "
+            "`fit` with warm_start=False."
         )
 
 
-def check_sample_weight(sample_weight: Any, n_texts: int) -> np.ndarray | None:
+def check_sample_weight(
+    sample_weight: Any, n_texts: int, name: str = "sample_weight"
+) -> np.ndarray | None:
     """Check a user's weights.
 
     Parameters
     ----------
     sample_weight : array-like of shape (n_texts,), float or None
     n_texts : int
+    name : str, default="sample_weight"
+        What the user calls it.
 
     Returns
     -------
@@ -266,107 +339,113 @@ def check_sample_weight(sample_weight: Any, n_texts: int) -> np.ndarray | None:
             weights = weights.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"Got a sample_weight that is not all numbers: {error}. Wanted: a number for each "
-                "text."
+                f"Got a {name} that is not all numbers: {error}. Wanted: a number for each text."
             ) from error
     weights = np.full(n_texts, weights) if weights.ndim == 0 else weights
     if weights.shape != (n_texts,):
         raise ValueError(
-            f"Got a sample_weight of shape {weights.shape}. Wanted: ({n_texts},), one weight for "
+            f"Got a {name} of shape {weights.shape}. Wanted: ({n_texts},), one weight for "
             "each text."
         )
     weights = weights.astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
     if len(bad):
         raise ValueError(
-            f"Got sample_weight[{bad[0]}] = {weights[bad[0]]}. Wanted: finite numbers, none of "
+            f"Got {name}[{bad[0]}] = {weights[bad[0]]}. Wanted: finite numbers, none of "
             "them negative. A weight of 0 leaves a text out."
         )
     if not weights.any():
-        raise ValueError(
-            "Got a sample_weight of zeros alone. Wanted: at least one weight above zero."
-        )
+        raise ValueError(f"Got a {name} of zeros alone. Wanted: at least one weight above zero.")
     return weights
 
 
-def _as_array(y: Any) -> np.ndarray:
+def _as_array(y: Any, name: str) -> np.ndarray:
     """Turn labels into an array without making text of what is not."""
     if scipy.sparse.issparse(y):
         return y.toarray()
     if not isinstance(y, (list, tuple)):
         labels = np.asarray(y)
         if labels.ndim == 0:
-            raise ValueError(f"Got y = {_short(y)}. Wanted: one label for each text.")
-        return labels
+            raise ValueError(f"Got {name} = {_short(y)}. Wanted: one label for each text.")
+        return labels.astype(object) if labels.dtype.kind == "T" else labels  # NumPy's new strings
     # NumPy would turn ["a", nan] and ["a", 1] into text: look at a list's own entries first.
     try:
         return np.array(y, dtype=object)
     except ValueError as error:  # labels that are arrays of different lengths
-        raise ValueError(f"Got a y that is no array: {error}. {SEVERAL_LABELS}") from error
+        raise ValueError(f"Got {name} that is no array: {error}. {SEVERAL_LABELS}") from error
 
 
-def _check_column(labels: np.ndarray) -> np.ndarray:
+def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
     """Refuse a column of labels that are not of one kind; return it in their dtype."""
     if labels.dtype != object:
-        labels = _refuse_missing(labels)
+        labels = _refuse_missing(labels, name)
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise ValueError("Input y contains infinity. Wanted: class labels, e.g. str or int.")
+            raise ValueError(
+                f"Input {name} contains infinity. Wanted: class labels, e.g. str or int."
+            )
     else:
         for position, label in enumerate(labels):
             if isinstance(label, (list, tuple, set, frozenset, np.ndarray)):
-                raise ValueError(f"Got y[{position}] = {_short(label)}. {SEVERAL_LABELS}")
-        labels = _refuse_missing(labels)
+                raise ValueError(f"Got {name}[{position}] = {_short(label)}. {SEVERAL_LABELS}")
+        labels = _refuse_missing(labels, name)
         if len({isinstance(label, str) for label in labels}) > 1:
             types = sorted({type(label).__name__ for label in labels})
             raise ValueError(
-                f"Got labels of the types {', '.join(types)} in y. Wanted: one type, e.g. "
+                f"Got labels of the types {', '.join(types)} in {name}. Wanted: one type, e.g. "
                 "[str(label) for label in y]."
             )
         if not isinstance(labels[0], str):
             # Numbers, bools or dates of a list or of pandas.
-            return _check_column(np.array(labels.tolist()))
+            typed = np.array(labels.tolist())
+            if typed.dtype == object or typed.ndim != 1:
+                raise ValueError(
+                    f"Got labels of type {type(labels[0]).__name__} in {name}. Wanted: str, int or "
+                    "bool, e.g. [str(label) for label in y]."
+                )
+            return _check_column(typed, name)
     check_classification_targets(labels)
     return labels
 
 
 def _check_indicator(
-    labels: np.ndarray, classes: np.ndarray | None
+    labels: np.ndarray, classes: np.ndarray | None, name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Check a table of 0 and 1 that says which labels each text has."""
     values = np.array(labels.tolist())
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
         flat = labels.ravel().tolist()
-        other = next(value for value in flat if _is_missing(value) or value not in (0, 1))
+        others = [value for value in flat if _is_missing(value) or value not in (0, 1)]
+        what = _short(others[0]) if others else f"entries of type {type(flat[0]).__name__}"
         raise ValueError(
-            f"Got y of shape {labels.shape} with {_short(other)} in it. Wanted: one label for each "
+            f"Got {name} of shape {labels.shape} with {what} in it. Wanted: one label for each "
             "text, or a multilabel indicator of 0 and 1 with a column for each label."
         )
     n_labels = values.shape[1]
     if classes is not None and not np.array_equal(classes, np.arange(n_labels)):
         raise ValueError(
-            f"Got a multilabel y with {n_labels} columns. Wanted: of the classes "
+            f"Got a multilabel {name} with {n_labels} columns. Wanted: of the classes "
             f"{_short(classes.tolist())}, as before."
         )
     return np.arange(n_labels), values.astype(np.int64)
 
 
-def _refuse_missing(labels: np.ndarray) -> np.ndarray:
+def _refuse_missing(labels: np.ndarray, name: str) -> np.ndarray:
     for position, label in enumerate(labels):
         if _is_missing(label):
             raise ValueError(
-                f"Got y[{position}] = {label}, a missing label. Wanted: a label in every row. Drop "
-                "the rows without one."
+                f"Got {name}[{position}] = {label}, a missing label. Wanted: a label in every row. "
+                "Drop the rows without one."
             )
     return labels
 
 
-def _well_formed(text: str, position: int) -> str:
+def _well_formed(text: str, name: str) -> str:
     """Return a plain str, refusing half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"Got X[{position}] = {_short(text)}, which is no valid Unicode. Wanted: text, e.g. "
+            f"Got {name} = {_short(text)}, which is no valid Unicode. Wanted: text, e.g. "
             "text.encode('utf-8', 'replace').decode('utf-8')."
         ) from error
     return str(text)

@@ -332,7 +332,7 @@ def _refuse_other_base(backbone: Backbone, state: AdapterState) -> None:
         raise ValueError(
             f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
             f"the base that was fitted (fingerprint {state.fingerprint[:12]}). "
-            "Set `model` back to that base, or fit again."
+            "Set `model` back to that base, or call `fit` with warm_start=False."
         )
 
 
@@ -340,7 +340,7 @@ def _refuse_other_settings(lora: LoraSettings, pooling: str, start: AdapterState
     if (lora, pooling) != (start.lora, start.pooling):
         raise ValueError(
             f"Got {lora} and pooling={pooling!r}, but the fitted adapter to go on from has "
-            f"{start.lora} and pooling={start.pooling!r}. Set the parameters back, or fit anew "
+            f"{start.lora} and pooling={start.pooling!r}. Set the parameters back, or call `fit` "
             "with warm_start=False."
         )
 

@@ -129,14 +129,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.scaler.scale(self._zero())  # sets up its state, on a rank without rows too
         self.n_epochs = self.n_updates = 0
-        if resumed is not None:
-            self._resume(resumed)
+        self._resumed = resumed
+        self._shown: dict[str, object] = {}
+        self._last_rows = np.arange(min(len(tokens), settings.batch_size))
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
+            stack.callback(release, self.optimizer)
+            if self._resumed is not None:
+                self._resume(self._resumed)
             if _wants_checkpointing(self.model, self.settings, self.tokens):
                 stack.enter_context(checkpointed_blocks(self.model.encoder))
-            stack.callback(release, self.optimizer)
             for segment in self.segments:
                 segment.attach_gradients()
                 stack.callback(segment.detach_gradients)
@@ -178,9 +181,14 @@ class Trainer:
         self.ranks.sum_up(sum_of_losses)
         loss = sum_of_losses.item() / float(self.weights.sum())  # the only wait for the device
         self.n_epochs += 1
-        self.bar.set_postfix(epoch=self.n_epochs, loss=f"{loss:.3f}")
+        self.show(epoch=self.n_epochs, loss=f"{loss:.3f}")
         _refuse_divergence(loss, self.n_epochs)
         return loss
+
+    def show(self, **figures: object) -> None:
+        """Put figures behind the progress bar, with those that are there."""
+        self._shown |= figures
+        self.bar.set_postfix(self._shown)
 
     @torch.no_grad()
     def refuse_divergence(self) -> None:
@@ -207,13 +215,14 @@ class Trainer:
         loss = self._zero()
         clock = self.model.clock
         clock.step, clock.batch_rows = self.n_updates, len(rows)
-        # Over all micro-batches, so that the cut into them changes nothing.
-        total_weight = self.weights[rows].sum()
+        # A mean over all micro-batches, so that the cut into them changes nothing. Not over the
+        # weights: their sum would let a rare class count only as much as one batch does.
+        n_losses = self.targets[rows].size
         share = self.ranks.share(len(rows))
         for first in range(0, len(share), self.settings.batch_size):
             clock.rows = share[first : first + self.settings.batch_size]
             part = self._loss(rows[clock.rows])
-            self.scaler.scale(part / total_weight).backward()
+            self.scaler.scale(part / n_losses).backward()
             loss += part.detach()
         self._apply()
         self.n_updates += 1

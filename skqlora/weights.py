@@ -34,7 +34,6 @@ def apply_class_weight(
     table : LabelledTexts
         The rows with a weight.
     weights : ndarray of the shape of the targets, float64
-        Of mean 1: only their ratios matter.
 
     Raises
     ------
@@ -56,7 +55,7 @@ def apply_class_weight(
             f"Got weights (sample_weight and class_weight) that leave the classes {names} alone. "
             f"Wanted: at least {min_classes} with a weight above zero."
         )
-    return table, weights / weights.mean()
+    return table, weights
 
 
 def _single_weights(
@@ -77,8 +76,10 @@ def _label_weights(
 ) -> np.ndarray:
     """Weights of shape (n_texts, n_labels): of a label's presence or of its absence."""
     n_labels = len(table.classes)
+    dicts = class_weight if isinstance(class_weight, list) else []
     if isinstance(class_weight, Mapping) or (
-        isinstance(class_weight, list) and len(class_weight) != n_labels
+        isinstance(class_weight, list)
+        and (len(dicts) != n_labels or not all(isinstance(entry, Mapping) for entry in dicts))
     ):
         raise ValueError(
             f"Got class_weight={class_weight!r} with {n_labels} labels. Wanted: 'balanced', None, "

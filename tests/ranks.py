@@ -14,7 +14,11 @@ from skqlora.distributed import Ranks
 
 CASES = {
     "dropout": {"lora_dropout": 0.3},
-    "micro-batches": {"batch_size": 2, "gradient_accumulation_steps": 8},
+    "micro-batches and weights": {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 8,
+        "class_weight": {"animal": 5},
+    },
     "bfloat16": {"compute_dtype": "bfloat16"},
     "8-bit": {"optim": "paged_adamw_8bit"},
     "no seed": {"random_state": None},

@@ -1,8 +1,10 @@
 """scikit-learn's callbacks in a fit, a search and a pipeline; the progress bar without them."""
 
+import pickle
+
 import numpy as np
 import pytest
-from helpers import make_classifier
+from helpers import assert_equal_adapters, make_classifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
@@ -31,6 +33,16 @@ class StopAfter:
         return False
 
 
+class Scores:
+    """A scorer that gives one score after another."""
+
+    def __init__(self, scores):
+        self.scores = list(scores)
+
+    def __call__(self, estimator, X, y):
+        return self.scores.pop(0)
+
+
 needs_callbacks = pytest.mark.skipif(
     not hasattr(QLoRAClassifier, "set_callbacks"), reason="scikit-learn < 1.9 has no callbacks"
 )
@@ -38,13 +50,31 @@ needs_callbacks = pytest.mark.skipif(
 
 @needs_callbacks
 def test_callback_stops_a_fit_and_stays_out_of_the_pickle(encoder, corpus):
-    import pickle
-
     callback = StopAfter(2)
     clf = make_classifier(encoder, num_train_epochs=5).set_callbacks(callback).fit(*corpus)
     assert clf.n_iter_ == len(callback.seen) == 2
     np.testing.assert_array_equal(callback.seen[-1], clf.predict(corpus[0]))
     assert "_skl_callbacks" not in vars(pickle.loads(pickle.dumps(clf)))
+
+
+@needs_callbacks
+def test_callback_sees_what_the_fit_would_leave_if_it_ended_now(encoder, corpus):
+    class Recorder(StopAfter):
+        def on_fit_task_end(self, estimator, context, *, fitted_estimator=None):
+            if context.task_name == "epoch":
+                self.seen.append(pickle.loads(pickle.dumps(fitted_estimator)))
+
+        def __reduce__(self):
+            raise TypeError("a callback was pickled")
+
+    recorder = Recorder(9)
+    clf = make_classifier(encoder, early_stopping=True, scoring=Scores([0.0, 0.3, 0.1, 0.2]))
+    clf.set_callbacks(recorder).fit(*corpus)
+    first, second, third = recorder.seen
+    assert first.best_validation_score_ == third.best_validation_score_ == 0.3
+    assert second.validation_scores_ == [0.3, 0.1]
+    assert_equal_adapters(third, first)
+    assert_equal_adapters(third, clf)
 
 
 @needs_callbacks

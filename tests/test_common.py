@@ -33,9 +33,9 @@ class TabularClassifier(QLoRAClassifier):
     real one.
     """
 
-    def _check_texts(self, X, *, reset):
+    def _check_texts(self, X, *, reset, name="X"):
         if isinstance(X, list) and X and isinstance(X[0], str):  # scored by early stopping
-            return super()._check_texts(X, reset=reset)
+            return super()._check_texts(X, reset=reset, name=name)
         numbers = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=1)
         return [" ".join(f"{10 * number:.0f}" for number in row[:8]) for row in numbers]
 

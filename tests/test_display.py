@@ -1,7 +1,9 @@
 """Pictures: the curves of a fit, and the HTML representation."""
 
 import numpy as np
+import pytest
 from helpers import make_classifier
+from sklearn.pipeline import make_pipeline
 
 from skqlora import LossCurveDisplay
 
@@ -24,7 +26,11 @@ def test_curves_of_several_estimators_on_one_axis(encoder, corpus):
     np.testing.assert_array_equal(display.score_line_.get_ydata(), clf.validation_scores_)
     legend = [text.get_text() for text in display.ax_.get_legend().get_texts()]
     assert legend[:3] == ["early: training loss", "early: validation score", "plain: training loss"]
+    styled = LossCurveDisplay.from_estimator(clf, c="k", ls=":", ms=1, label="mine")
+    assert styled.line_.get_color() == "k"
     plt.close("all")
+    with pytest.raises(TypeError, match=r"Got a Pipeline.*pipeline\[-1\]"):
+        LossCurveDisplay.from_estimator(make_pipeline(clf))
 
 
 def test_html_repr_links_to_the_documentation_and_is_small(clf, corpus):

@@ -37,7 +37,7 @@ def test_ranks_end_with_the_same_bits(fitted, case):
     assert first[case].validation_scores_ == second[case].validation_scores_
 
 
-@pytest.mark.parametrize("case", ["dropout", "micro-batches", "steps without a row"])
+@pytest.mark.parametrize("case", ["dropout", "micro-batches and weights", "steps without a row"])
 def test_ranks_end_where_one_process_does(fitted, case):
     model, (ours, _) = fitted
     n_rows = 5 if case == "steps without a row" else ranks.N_ROWS

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from helpers import assert_equal_adapters, make_classifier
 
+from skqlora.early_stopping import hold_out
+from skqlora.inputs import check_labelled_texts
+
 
 @pytest.mark.parametrize("scoring", [None, "loss", "f1_macro", lambda est, X, y: est.score(X, y)])
-def test_early_stopping_keeps_the_best_adapter(encoder, corpus, scoring):
+def test_scores_of_every_kind(encoder, corpus, scoring):
     texts, labels = corpus
     clf = make_classifier(
         encoder, early_stopping=True, scoring=scoring, num_train_epochs=6, validation_fraction=0.25
@@ -19,14 +22,14 @@ def test_early_stopping_keeps_the_best_adapter(encoder, corpus, scoring):
 
 def test_early_stopping_stops_and_restores(encoder, corpus):
     texts, labels = corpus
-    given = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    given = iter([0.0, 0.1, 0.5, 0.4, 0.3, 0.9])  # the first is of the start
     settings = {"early_stopping": True, "num_train_epochs": 5, "n_iter_no_change": 2}
     clf = make_classifier(encoder, scoring=lambda est, X, y: next(given), **settings)
     clf.fit(texts, labels, X_val=texts[:9], y_val=labels[:9])
     assert clf.validation_scores_ == [0.1, 0.5, 0.4, 0.3]
     assert clf.n_iter_ == 4
     # The adapter of the second epoch: that of a fit which stopped there.
-    given = iter([0.1, 0.5])
+    given = iter([0.0, 0.1, 0.5])
     settings |= {"n_iter_no_change": 1, "tol": 1.0}
     second = make_classifier(encoder, scoring=lambda est, X, y: next(given), **settings)
     second.fit(texts, labels, X_val=texts[:9], y_val=labels[:9])
@@ -34,10 +37,45 @@ def test_early_stopping_stops_and_restores(encoder, corpus):
     assert_equal_adapters(clf, second)
 
 
-def test_a_class_with_one_text_keeps_it_for_training(encoder, corpus):
-    texts, labels = [*corpus[0], "odd"], [*corpus[1], "single"]
-    clf = make_classifier(encoder, early_stopping=True, num_train_epochs=1).fit(texts, labels)
-    assert "single" in clf.classes_
+@pytest.mark.parametrize(
+    ("counts", "fraction"), [([60, 39, 1], 0.1), ([100, 50, 2], 0.8), ([5, 5], 0.8), ([9, 1], 0.3)]
+)
+def test_every_class_keeps_a_text_for_training(counts, fraction):
+    labels = np.repeat(["a", "b", "c"][: len(counts)], counts)
+    table = check_labelled_texts([str(i) for i in range(len(labels))], labels)
+    training, held_out = hold_out(table, fraction, seed=0)
+    assert sorted(training.texts + held_out.texts) == sorted(table.texts)
+    assert set(training.labels) == set(labels)
+    assert len(held_out) == pytest.approx(fraction * len(labels), abs=1)
+    share = np.mean(held_out.labels == "a")
+    assert share == pytest.approx(counts[0] / len(labels), abs=0.15)
+
+
+def test_validation_is_of_the_same_kind_as_the_training(encoder, texts, indicator):
+    numbers = np.arange(48) % 2
+    for y, y_val in [(numbers, indicator), (indicator, numbers)]:
+        with pytest.raises(ValueError, match="Wanted: both of one kind"):
+            make_classifier(encoder, early_stopping=True).fit(texts, y, X_val=texts, y_val=y_val)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "error", "message"),
+    [
+        (lambda est, X, y: 0.5, TypeError, "takes no sample_weight"),
+        (lambda est, X, y, sample_weight: {"f1": 0.5}, ValueError, "Got the score {'f1': 0.5}"),
+        (lambda est, X, y, sample_weight: float("nan"), ValueError, "Got the score nan"),
+    ],
+)
+def test_what_is_wrong_with_a_scorer_shows_before_the_training(
+    encoder, corpus, monkeypatch, scoring, error, message
+):
+    def train(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("skqlora.training.Trainer.train_epoch", train)
+    clf = make_classifier(encoder, early_stopping=True, scoring=scoring)
+    with pytest.raises(error, match=message):
+        clf.fit(*corpus, sample_weight=np.arange(48))
 
 
 @pytest.mark.parametrize("scoring", [None, "loss", "f1_macro"])

@@ -1,9 +1,13 @@
 """Bad texts and labels are refused with what came, what is wanted and the remedy."""
 
+from datetime import date
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import scipy.sparse
 
 from skqlora.inputs import check_labels, check_texts
 
@@ -54,6 +58,7 @@ def test_every_shape_of_a_column_of_texts_is_taken(X):
         ),
         ([["a", "b"], ["c", "d"]], ValueError, r"shape \(2, 2\).*one text a row"),
         (np.zeros((3, 4)), ValueError, r"shape \(3, 4\)"),
+        (scipy.sparse.eye_array(3).tocsr(), TypeError, "X of type csr_array"),
         (["a", "\ud800 b"], ValueError, r"X\[1\] = .* no valid Unicode"),
     ],
 )
@@ -94,6 +99,11 @@ def test_labels_come_back_from_their_classes(y):
         (pd.Series(["a", "b", pd.NA]), r"y\[2\] = .*a missing label"),
         (pl.Series(["a", "b", None]), r"y\[2\] = .*a missing label"),
         (pl.Series([1, 2, None]), r"y\[2\] = .*a missing label"),
+        ([date(2026, 1, day) for day in (1, 2, 3)], "labels of type date in y"),
+        (pd.cut(pd.Series([1, 2, 3]), 2), "labels of type Interval in y"),
+        ([Decimal(1), Decimal(2), Decimal(1)], "labels of type Decimal in y"),
+        (np.full((3, 2), Decimal("0.5")), r"y of shape \(3, 2\) with Decimal"),
+        (np.full((3, 2), Decimal(1)), "entries of type Decimal"),
         ([0.5, 1.25, 2.0], "Unknown label type: continuous"),
         (np.eye(3) * 2, r"shape \(3, 3\) with 2.0 in it.*multilabel indicator of 0 and 1"),
     ],

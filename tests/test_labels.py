@@ -33,6 +33,8 @@ def test_every_kind_of_column_gives_the_same(clf, corpus, wrap):
         pd.Series(["x", "y"] * 24, dtype="category"),
         pd.Series(["x", "y"] * 24, dtype="string"),
         np.array([1.0, 2.0] * 24),
+        np.array(["2026-01-01", "2026-01-02"] * 24, dtype="datetime64[D]"),
+        np.array(["x", "y"] * 24, dtype=np.dtypes.StringDType()),
     ],
     ids=lambda y: str(y.dtype),
 )

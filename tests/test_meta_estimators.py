@@ -3,7 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import sklearn
+from helpers import assert_equal_adapters
+from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import (
@@ -22,6 +25,7 @@ from sklearn.model_selection import (
     RandomizedSearchCV,
     TunedThresholdClassifierCV,
     cross_val_predict,
+    cross_val_score,
     cross_validate,
     learning_curve,
     permutation_test_score,
@@ -99,9 +103,13 @@ def test_ensembles_of_tables(clf, texts, labels, kind):
     assert ensemble.predict(table).shape == (48,)
 
 
-def test_curves_and_scores(clf, texts, labels):
+def test_curves_and_scores(clf, texts, labels, indicator):
     clf.set_params(num_train_epochs=1)
     assert cross_val_predict(clf, texts, labels, cv=2, method="predict_proba").shape == (48, 3)
+    assert cross_val_predict(clf, texts, indicator, cv=2, method="predict_proba").shape == (48, 2)
+    sparse = scipy.sparse.csr_array(indicator)
+    scores = [cross_val_score(clf, texts, y, cv=2, scoring="f1_macro") for y in (indicator, sparse)]
+    np.testing.assert_array_equal(*scores)
     result = cross_validate(clf, texts, labels, cv=2, return_estimator=True)
     assert all(fitted.predict(texts).shape == (48,) for fitted in result["estimator"])
     curve = learning_curve(clf, texts, labels, cv=2, train_sizes=[0.5, 1.0], error_score="raise")
@@ -114,13 +122,17 @@ def test_curves_and_scores(clf, texts, labels):
 
 
 def test_metadata_is_routed(clf, texts, labels):
+    weights = np.linspace(0.1, 4, 48)
+    held_out = {"X_val": texts[:9], "y_val": labels[:9]}
+    clf.set_params(early_stopping=True, scoring="loss")
+    direct = clone(clf).fit(texts, labels, sample_weight=weights, **held_out)
     with sklearn.config_context(enable_metadata_routing=True):
-        clf.set_params(early_stopping=True)
         clf.set_fit_request(sample_weight=True, X_val=True, y_val=True)
         clf.set_score_request(sample_weight=True)
-        search = GridSearchCV(clf, {"lora_r": [2]}, cv=2, error_score="raise")
-        search.fit(texts, labels, sample_weight=np.ones(48), X_val=texts[:9], y_val=labels[:9])
-        assert len(search.best_estimator_.validation_scores_) == 2
+        search = GridSearchCV(clf, {"lora_r": [clf.lora_r]}, cv=2, error_score="raise")
+        search.fit(texts, labels, sample_weight=weights, **held_out)
+        assert_equal_adapters(search.best_estimator_, direct)
+        assert search.best_estimator_.validation_scores_ == direct.validation_scores_
 
 
 def test_validation_texts_go_through_the_steps_before(clf, texts, labels):

@@ -48,10 +48,18 @@ def test_class_weight_moves_the_predictions(encoder, texts):
         ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\]"),
         ({}, {"class_weight": {"a": -2}}, "weight -2 in class_weight"),
         ({}, {"class_weight": [{0: 1}]}, "list as class_weight"),
+        ({"sample_weight_val": [1]}, {}, "sample_weight_val without X_val and y_val"),
         ({"X_val": ["a"]}, {}, "X_val without y_val"),
         ({"X_val": ["a"], "y_val": ["a"]}, {}, "early_stopping=False"),
-        ({"X_val": ["a"], "y_val": ["c"]}, {"early_stopping": True}, "not among the classes"),
-        ({}, {"early_stopping": True}, "too few for one text of each"),
+        ({"X_val": ["a"], "y_val": ["c"]}, {"early_stopping": True}, "y_val that are not among"),
+        ({"X_val": ["a"], "y_val": [None]}, {"early_stopping": True}, r"y_val\[0\] = None"),
+        ({"X_val": ["a", "b"], "y_val": ["a"]}, {"early_stopping": True}, "2 texts in X_val"),
+        (
+            {"X_val": ["a"], "y_val": ["a"], "sample_weight_val": [-1]},
+            {"early_stopping": True},
+            r"sample_weight_val\[0\] = -1",
+        ),
+        ({}, {"early_stopping": True}, "too few, on one side"),
         ({"X_val": ["a"], "y_val": ["a"]}, {"early_stopping": True, "scoring": "best"}, "scoring"),
     ],
 )
@@ -62,6 +70,40 @@ def test_bad_weights_and_validation_are_refused(encoder, monkeypatch, fit, param
     monkeypatch.setattr("skqlora.backbone.Backbone.load", load)
     with pytest.raises(ValueError, match=message):
         make_classifier(encoder, **params).fit(["one", "two"], ["a", "b"], **fit)
+
+
+def test_weights_multiply(encoder, texts, labels):
+    weights = np.linspace(0.2, 3, 48)
+    both = make_classifier(encoder, class_weight={"colour": 4})
+    both.fit(texts, labels, sample_weight=weights)
+    product = weights * np.where(labels == "colour", 4, 1)
+    alone = make_classifier(encoder).fit(texts, labels, sample_weight=product)
+    assert_equal_adapters(both, alone)
+
+
+def test_weights_count_across_updates_and_not_across_micro_batches(encoder, corpus):
+    weighted = {"class_weight": {"animal": 30}, "optim": "adamw", "max_grad_norm": None}
+    whole = make_classifier(encoder, **weighted).fit(*corpus)
+    parts = make_classifier(encoder, batch_size=2, gradient_accumulation_steps=8, **weighted)
+    np.testing.assert_allclose(
+        trained_values(parts.fit(*corpus)), trained_values(whole), rtol=0, atol=1e-5
+    )
+    # With one text an update, a weight still makes that update count more.
+    single = {"batch_size": 1, "optim": "adamw", "max_grad_norm": None, "num_train_epochs": 1}
+    shares = [
+        make_classifier(encoder, class_weight=weight, **single)
+        .fit(*corpus)
+        .predict_proba(corpus[0])[:, 0]
+        .mean()
+        for weight in (None, {"animal": 30})
+    ]
+    assert shares[1] > shares[0] + 0.1
+
+
+@pytest.mark.parametrize("entries", [[5.0, 1.0], ["balanced", "balanced"]])
+def test_class_weights_of_labels_are_dicts(clf, texts, indicator, entries):
+    with pytest.raises(ValueError, match="a list of 2 dicts"):
+        clf.set_params(class_weight=entries).fit(texts, indicator)
 
 
 def test_cross_val_score_shows_our_message(clf, texts, labels):
