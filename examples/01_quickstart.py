@@ -95,6 +95,13 @@ def read_csv(path, text, label):
     """Return two columns of a CSV file."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise SystemExit(f"{path} has no rows.")
+    missing = {text, label} - set(rows[0])
+    if missing:
+        raise SystemExit(
+            f"{path} has no column {min(missing)!r}. Its columns: {', '.join(rows[0])}"
+        )
     return [row[text] for row in rows], [row[label] for row in rows]
 
 

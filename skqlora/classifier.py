@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import get_scorer_names
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -108,8 +109,8 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         ``n_texts / (n_classes * count)``. They multiply `sample_weight`.
     early_stopping : bool, default=False
         Score held-out texts after each epoch, stop when that no longer rises, and keep the adapter
-        of the best epoch; after `warm_start` of the start too. `class_weight` does not enter the
-        score.
+        of the best epoch, the last of equal ones; after `warm_start` the start is one too.
+        `class_weight` does not enter the score.
     validation_fraction : float, default=0.1
         Share of the texts that early stopping holds out, in the classes' proportions, unless `fit`
         gets `X_val`. Each class keeps a text for training.
@@ -119,8 +120,9 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         A rise of the score is more than this.
     scoring : str, callable or None, default=None
         What early stopping scores: a name or a callable as in scikit-learn, "loss" for the
-        negative cross-entropy, None for `score`. For multilabel targets "loss", "f1_macro" or
-        "average_precision" tell more than `score`, which wants all labels of a text right.
+        negative cross-entropy, None for `score`. With few held-out texts "loss" tells more, and
+        for multilabel targets so do "f1_macro" and "average_precision": `score` wants all labels
+        of a text right.
     warm_start : bool, default=False
         `fit` goes on from the fitted adapter, with a new optimizer and schedule; the classes must
         be the same. `n_iter_` and the curves go on too, and what is held out stays so, given the
@@ -223,7 +225,7 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
-        "scoring": [str, callable, None],
+        "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
         "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],

@@ -25,15 +25,10 @@ class EarlyStopping:
     held_out : LabelledTexts
     earlier : list of float
         Scores of the epochs of earlier fits, which this one goes on from.
-
-    Raises
-    ------
-    ValueError
-        If `scoring` is the name of no scorer.
     """
 
     def __init__(self, estimator: Any, held_out: LabelledTexts, earlier: list[float]):
-        scoring = estimator.scoring
+        self._scoring = scoring = estimator.scoring
         self._scorer = _loss_scorer if scoring == "loss" else check_scoring(estimator, scoring)
         self._patience, self._tol = estimator.n_iter_no_change, estimator.tol
         self._held_out = held_out
@@ -50,7 +45,7 @@ class EarlyStopping:
         TypeError
             If there are weights and the scorer takes none.
         ValueError
-            If the score is no finite number.
+            If the scorer fails, or the score is no finite number.
         """
         table = self._held_out
         weights = {} if table.sample_weight is None else {"sample_weight": table.sample_weight}
@@ -64,6 +59,11 @@ class EarlyStopping:
                     "sample_weight_val."
                 ) from error
             raise
+        except ValueError as error:
+            raise ValueError(
+                f"The scoring={self._scoring!r} of early stopping failed on the {len(table)} texts "
+                f"of the validation: {error}"
+            ) from error
         if not isinstance(score, Real) or not math.isfinite(score):
             raise ValueError(
                 f"Got the score {score} on the {len(table)} texts of the validation. Wanted: a "
@@ -78,12 +78,12 @@ class EarlyStopping:
     def update(self, score: float, adapter: AdapterState) -> bool:
         """Note an epoch's score; return whether to stop.
 
-        As in `MLPClassifier`: an epoch counts as no change if its score is not above the best one
-        so far by more than `tol`.
+        As in `MLPClassifier` an epoch counts as no change if its score is not above the best one
+        so far by more than `tol`; unlike there, of equal scores the last one is the best.
         """
         changed = score > self._best_score + self._tol
         self._epochs_without_change = 0 if changed else self._epochs_without_change + 1
-        if score > self._best_score:
+        if score >= self._best_score:  # of equal ones the last, which was trained longer
             self._best, self._best_score = adapter, score
         self._scores.append(score)
         return self._epochs_without_change >= self._patience

@@ -59,9 +59,12 @@ def check_texts(X: Any, name: str = "X") -> list[str]:
         raise ValueError(f"Got {name} with 0 sample(s). Wanted: at least one text.")
     for position, text in enumerate(values):
         if not isinstance(text, str):
+            remedy = "Turn it into text."
+            if _is_missing(text):
+                remedy = "Drop the row, or fill it with '' (pandas: fillna, polars: fill_null)."
             raise TypeError(
                 f"Got {name}[{position}] = {_short(text)} of type {type(text).__name__}. Wanted: "
-                "str in every row. Drop the row, or turn it into text (missing texts: fillna(''))."
+                f"str in every row. {remedy}"
             )
     return [_well_formed(text, f"{name}[{position}]") for position, text in enumerate(values)]
 

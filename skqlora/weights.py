@@ -127,7 +127,7 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
     # As scikit-learn does: a class may be left out, and a fold may lack a class.
     if missing and unknown:
         raise ValueError(
-            f"Got a class_weight for {unknown}, which y does not hold, and none for {missing}. "
-            "Wanted: its keys to be labels as they are in y, of the same type."
+            f"Got a class_weight for {unknown}, which y does not hold. Wanted: keys that are "
+            f"labels as they are in y, of the same type: {names[:20]}."
         )
     return [class_weight.get(name, 1.0) for name in names]

@@ -37,6 +37,17 @@ def test_early_stopping_stops_and_restores(encoder, corpus):
     assert_equal_adapters(clf, second)
 
 
+def test_of_equal_scores_the_last_adapter_is_kept(encoder, corpus):
+    def fitted(*scores):
+        given = iter([0.0, *scores])  # the first is of the start
+        clf = make_classifier(encoder, early_stopping=True, scoring=lambda est, X, y: next(given))
+        return clf.set_params(num_train_epochs=9).fit(*corpus)
+
+    equal = fitted(0.7, 0.7, 0.7)
+    assert equal.validation_scores_ == [0.7] * 3
+    assert_equal_adapters(equal, fitted(0.5, 0.6, 0.7, 0.1, 0.1))
+
+
 @pytest.mark.parametrize(
     ("counts", "fraction"), [([60, 39, 1], 0.1), ([100, 50, 2], 0.8), ([5, 5], 0.8), ([9, 1], 0.3)]
 )
@@ -64,6 +75,7 @@ def test_validation_is_of_the_same_kind_as_the_training(encoder, texts, indicato
         (lambda est, X, y: 0.5, TypeError, "takes no sample_weight"),
         (lambda est, X, y, sample_weight: {"f1": 0.5}, ValueError, "Got the score {'f1': 0.5}"),
         (lambda est, X, y, sample_weight: float("nan"), ValueError, "Got the score nan"),
+        ("f1", ValueError, "scoring='f1' of early stopping failed.*average"),
     ],
 )
 def test_what_is_wrong_with_a_scorer_shows_before_the_training(

@@ -50,7 +50,7 @@ def test_every_shape_of_a_column_of_texts_is_taken(X):
         (pl.Series(["a", None]), TypeError, r"X\[1\] = None of type NoneType.*fillna"),
         (pl.DataFrame({"text": ["a", None]}), TypeError, r"X\[1\] = None of type NoneType"),
         (["a", b"b"], TypeError, r"X\[1\] = b'b' of type bytes"),
-        ([1.5, "a"], TypeError, r"X\[0\] = 1.5 of type float"),
+        ([1.5, "a"], TypeError, r"X\[0\] = 1.5 of type float.*Turn it into text\.$"),
         (
             [["a"], ["b", "c"]],
             TypeError,

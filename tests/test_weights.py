@@ -45,7 +45,8 @@ def test_class_weight_moves_the_predictions(encoder, texts):
         ({"sample_weight": [1]}, {}, r"shape \(1,\)"),
         ({"sample_weight": ["a", "b"]}, {}, "not all numbers"),
         ({"sample_weight": [1, 0]}, {}, r"leave the classes \['a'\] alone"),
-        ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\]"),
+        ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\].*same type: \['a', 'b'\]"),
+        ({}, {"scoring": "best"}, "'scoring' parameter"),
         ({}, {"class_weight": {"a": -2}}, "weight -2 in class_weight"),
         ({}, {"class_weight": [{0: 1}]}, "list as class_weight"),
         ({"sample_weight_val": [1]}, {}, "sample_weight_val without X_val and y_val"),
@@ -60,7 +61,11 @@ def test_class_weight_moves_the_predictions(encoder, texts):
             r"sample_weight_val\[0\] = -1",
         ),
         ({}, {"early_stopping": True}, "too few, on one side"),
-        ({"X_val": ["a"], "y_val": ["a"]}, {"early_stopping": True, "scoring": "best"}, "scoring"),
+        (
+            {"X_val": ["a"], "y_val": ["a"]},
+            {"early_stopping": True, "scoring": "best"},
+            "'scoring' par",
+        ),
     ],
 )
 def test_bad_weights_and_validation_are_refused(encoder, monkeypatch, fit, params, message):
