@@ -222,7 +222,7 @@ def _choose_max_length(params: Any, max_positions: int | None, tokenizer_max_len
         return min(AUTO_MAX_LENGTH, limit)
     if params.max_length > limit:
         raise ValueError(
-            f"Got max_length={params.max_length} but model={os.fspath(params.model)!r} takes {limit} "
-            "tokens. Pass at most that, or 'auto'."
+            f"Got max_length={params.max_length} but model={os.fspath(params.model)!r} takes "
+            f"{limit} tokens. Pass at most that, or 'auto'."
         )
     return params.max_length
