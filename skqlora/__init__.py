@@ -3,7 +3,14 @@
 from skqlora.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.classifier import QLoRAClassifier
 from skqlora.display import LossCurveDisplay
+from skqlora.versions import show_versions
 
-__all__ = ["LossCurveDisplay", "QLoRAClassifier", "backbone_cache_info", "clear_backbone_cache"]
+__all__ = [
+    "LossCurveDisplay",
+    "QLoRAClassifier",
+    "backbone_cache_info",
+    "clear_backbone_cache",
+    "show_versions",
+]
 
 __version__ = "0.1.0.dev0"

@@ -35,8 +35,10 @@ class AdapterState:
     pooling : {"last", "mean", "cls", "pooler"}
     max_length : int
         Greatest number of tokens of a text.
-    fingerprint : str
-        Of the base that the adapter was trained on.
+    model, revision : str or None
+        The base's name where it was trained, and the commit if it came from the Hub.
+    fingerprint, tokenizer_fingerprint : str
+        Of the base and of the tokenizer that the adapter was trained with.
     lora_tensors : dict of str to ndarray
         float32, by parameter name in the base.
     head_tensors : dict of str to ndarray
@@ -46,7 +48,10 @@ class AdapterState:
     lora: LoraSettings
     pooling: str
     max_length: int
+    model: str
+    revision: str | None
     fingerprint: str
+    tokenizer_fingerprint: str
     lora_tensors: dict[str, np.ndarray]
     head_tensors: dict[str, np.ndarray]
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 # Rotary embeddings whose angles depend on the longest row of the batch once it passes the length
 # that the model was trained on, so that a text's result would depend on its neighbours.
@@ -133,6 +135,28 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
             "of the Hugging Face Hub ('organisation/name') that transformers knows without running "
             "code from its repository."
         ) from error
+
+
+@functools.lru_cache(maxsize=32)  # all folds of a search are to meet the same commit
+def pin_revision(model: str, revision: str | None) -> str | None:
+    """Resolve a branch or tag of the Hub to the commit that it stands for now.
+
+    Parameters
+    ----------
+    model : str
+        An id of the Hub.
+    revision : str or None
+
+    Returns
+    -------
+    revision : str or None
+        Unchanged where the Hub does not tell: what is wrong then shows when the model is read.
+    """
+    try:
+        file = cached_file(model, "config.json", revision=revision)
+    except (OSError, ValueError):
+        return revision
+    return extract_commit_hash(file, None) or revision
 
 
 def _reads_text(skeleton: PreTrainedModel) -> bool:

@@ -1,17 +1,14 @@
 """`QLoRAClassifier`: the scikit-learn contract, and nothing of torch's internals."""
 
-import os
-from numbers import Integral, Real
 from typing import ClassVar
 
 import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.metrics import get_scorer_names
-from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from skqlora.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_callbacks
+from skqlora.constraints import PARAMETER_CONSTRAINTS
 from skqlora.fitting import fit_epochs, fit_piece
 from skqlora.inputs import (
     LabelledTexts,
@@ -22,13 +19,13 @@ from skqlora.inputs import (
     is_validation_given,
     refuse_other_classes,
 )
+from skqlora.persistence import PersistenceMixin
 from skqlora.quiet import import_libraries
 
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
-SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 
 
-class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
+class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     """Text classifier that fine-tunes a 4-bit language model with QLoRA.
 
     `fit` loads the model in 4-bit NF4 with double quantization, adds low-rank adapters (LoRA) to
@@ -145,6 +142,8 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
         estimator: `predict` finds it in the process, or loads it.
     n_iter_ : int
         Epochs trained; calls of `partial_fit`.
+    n_samples_seen_ : int
+        Texts trained on, in all calls of `partial_fit`.
     loss_curve_ : list of float, of length n_iter_
         Mean training cross-entropy of each epoch, in nats; weighted as the training is.
     validation_scores_ : list of float, of length n_iter_, or None without early stopping
@@ -191,45 +190,7 @@ class QLoRAClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstimator):
     _doc_link_module = "skqlora"
     _doc_link_template = DOC_LINK
 
-    _parameter_constraints: ClassVar[dict[str, list]] = {
-        "model": [str, os.PathLike],
-        "revision": [str, None],
-        "quantization": [StrOptions({"nf4", "fp4"}), None],
-        "double_quant": ["boolean"],
-        "compute_dtype": [StrOptions({"auto", "bfloat16", "float16", "float32"})],
-        "device": [str],
-        "attn_implementation": [str, None],
-        "lora_r": [Interval(Integral, 1, None, closed="left")],
-        "lora_alpha": [Interval(Real, 0, None, closed="neither")],
-        "lora_dropout": [Interval(Real, 0, 1, closed="left")],
-        "target_modules": [str, list, tuple],
-        "use_rslora": ["boolean"],
-        "use_dora": ["boolean"],
-        # Other starts of PEFT write to the base, which is shared.
-        "init_lora_weights": [Options(bool, {True}), StrOptions({"gaussian"})],
-        "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],
-        "max_length": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-        "num_train_epochs": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "gradient_accumulation_steps": [Interval(Integral, 1, None, closed="left")],
-        "gradient_checkpointing": [StrOptions({"auto"}), "boolean"],
-        "learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
-        "head_learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "warmup_steps": [Interval(Real, 0, None, closed="left")],
-        "lr_scheduler_type": [StrOptions(SCHEDULES)],
-        "max_grad_norm": [Interval(Real, 0, None, closed="neither"), None],
-        "optim": [StrOptions({"paged_adamw_32bit", "paged_adamw_8bit", "adamw"})],
-        "class_weight": [dict, list, StrOptions({"balanced"}), None],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
-        "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
-        "warm_start": ["boolean"],
-        "random_state": ["random_state"],
-        "verbose": ["verbose"],
-    }
+    _parameter_constraints: ClassVar[dict[str, list]] = PARAMETER_CONSTRAINTS
 
     def __init__(
         self,

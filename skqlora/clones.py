@@ -138,9 +138,16 @@ class AdaptedClone:
         )
 
     def activate(self, state: AdapterState) -> None:
-        """Put a captured adapter on the clone: one copy, or none if it is there already."""
+        """Put a captured adapter on the clone: one copy, or none if it is there already.
+
+        Raises
+        ------
+        ValueError
+            If its tensors are not those of this base.
+        """
         if self.holds(state):
             return
+        refuse_other_shapes(state.lora_tensors, self._shapes)
         self.deactivate()
         self._scale(state.lora)
         self._write(state.lora_tensors)
@@ -211,6 +218,19 @@ class AdaptedClone:
         elif ".lora_embedding_B." in name:  # of an embedding it is A that starts at zero
             value.normal_(generator=generator)
         return value.numpy()
+
+
+def refuse_other_shapes(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that do not have the names and shapes that a base wants."""
+    for name in shapes.keys() | tensors.keys():
+        found = tensors[name].shape if name in tensors else None
+        if found != shapes.get(name):
+            raise ValueError(
+                f"The adapter's {name!r} has the shape {found}, but the base wants "
+                f"{shapes.get(name)}. Wanted: the adapter as it was fitted on this base."
+            )
 
 
 class ClonePool:
@@ -309,7 +329,7 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
-        fan_in_fan_out=_has_conv1d(module),
+        fan_in_fan_out=has_conv1d(module),
     )
 
 
@@ -348,6 +368,6 @@ def _try_targets(target_modules: str | tuple[str, ...], skeleton: PreTrainedMode
         inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
 
 
-def _has_conv1d(module: nn.Module) -> bool:
+def has_conv1d(module: nn.Module) -> bool:
     """Whether the base keeps GPT-2's transposed layers, which it does only unquantized."""
     return any(isinstance(m, Conv1D) for m in module.modules())

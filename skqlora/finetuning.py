@@ -13,14 +13,14 @@ import joblib
 import numpy as np
 
 from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
-from skqlora.architecture import check_architecture
+from skqlora.architecture import check_architecture, pin_revision
 from skqlora.backbone import BackboneSpec, describe_files
 from skqlora.cache import get_backbone
 from skqlora.clones import refuse_missing_targets
 from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 from skqlora.distributed import Ranks
 from skqlora.inputs import LabelledTexts
-from skqlora.model import TextClassifierModel
+from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
 from skqlora.tokenization import load_tokenizer
@@ -39,11 +39,13 @@ class Finetuning:
     trainer : Trainer
     max_length : int
         Greatest number of tokens of a text.
+    tokenizer_fingerprint : str
     footprint : Footprint
     """
 
     trainer: Trainer
     max_length: int
+    tokenizer_fingerprint: str
     footprint: Footprint
 
     def capture(self) -> AdapterState:
@@ -55,7 +57,7 @@ class Finetuning:
             If the last update made the loss infinite or no number.
         """
         self.trainer.refuse_divergence()
-        return self.trainer.model.capture(self.max_length)
+        return self.trainer.model.capture(self.max_length, self.tokenizer_fingerprint)
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def finetuning(
         )
         refuse_missing_targets(lora.target_modules, architecture.skeleton)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    max_length = _choose_max_length(params, architecture.max_positions, tokenizer.max_length)
+    max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
 
     backbone = get_backbone(spec, verbose=bool(params.verbose))
@@ -135,7 +137,8 @@ def finetuning(
             verbose=params.verbose,
         ) as trainer,
     ):
-        yield Finetuning(trainer, max_length, backbone.footprint(model.count_trainable()))
+        footprint = backbone.footprint(model.count_trainable())
+        yield Finetuning(trainer, max_length, tokenizer.fingerprint, footprint)
 
 
 def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.ndarray:
@@ -150,24 +153,40 @@ def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.n
     Returns
     -------
     logits : ndarray of shape (n_texts, n_classes), float64
+
+    Raises
+    ------
+    ValueError
+        If the base or its tokenizer is not the one that the adapter was trained with.
     """
     refuse_fork_of_threads()
-    spec = backbone_spec(params)
+    spec = backbone_spec(params, adapter)
     backbone = get_backbone(spec, verbose=bool(params.verbose))
+    refuse_other_base(backbone, adapter)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    if tokenizer.fingerprint != adapter.tokenizer_fingerprint:
+        raise ValueError(
+            f"The tokenizer of model={spec.model!r} (fingerprint {tokenizer.fingerprint[:12]}) is "
+            f"not the one that was fitted with (fingerprint {adapter.tokenizer_fingerprint[:12]}). "
+            "Put the tokenizer's files back beside the base, or call `fit` with warm_start=False."
+        )
     tokens = tokenizer.tokenize(texts, adapter.max_length, backbone.vocab_size)
     with TextClassifierModel.restored(backbone, adapter) as model:
         return predict_logits(model, tokens)
 
 
-def backbone_spec(params: Any) -> BackboneSpec:
-    """Say which base an estimator means."""
+def backbone_spec(params: Any, adapter: AdapterState | None = None) -> BackboneSpec:
+    """Say which base an estimator means: for an adapter the very commit that it was trained on."""
     device = resolve_device(params.device)
-    model = os.fspath(params.model)
-    files = describe_files(model)
+    files = describe_files(os.fspath(params.model))
+    model = str(files[0]) if files else os.fspath(params.model)  # however a path is written
+    if adapter is not None and adapter.revision is not None and adapter.model == model:
+        revision = adapter.revision
+    else:
+        revision = params.revision if files else pin_revision(model, params.revision)
     return BackboneSpec(
-        model=str(files[0]) if files else model,  # one base for all ways to write a path
-        revision=params.revision,
+        model=model,
+        revision=revision,
         quantization=params.quantization,
         double_quant=bool(params.double_quant) and params.quantization is not None,
         compute_dtype=resolve_compute_dtype(params.compute_dtype, device),
@@ -180,10 +199,10 @@ def backbone_spec(params: Any) -> BackboneSpec:
 
 def lora_settings(params: Any) -> LoraSettings:
     """Say which adapter an estimator means."""
-    targets = params.target_modules
+    targets, alpha = params.target_modules, float(params.lora_alpha)
     return LoraSettings(
-        r=params.lora_r,
-        lora_alpha=params.lora_alpha,
+        r=int(params.lora_r),  # plain numbers, to be written as JSON
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=bool(params.use_rslora),
         use_dora=bool(params.use_dora),
@@ -216,7 +235,8 @@ def training_settings(
     )
 
 
-def _choose_max_length(params: Any, max_positions: int | None, tokenizer_max_length: int) -> int:
+def choose_max_length(params: Any, max_positions: int | None, tokenizer_max_length: int) -> int:
+    """Resolve "auto"; refuse by ValueError what is longer than the model takes."""
     limit = min(max_positions or tokenizer_max_length, tokenizer_max_length)
     if params.max_length == "auto":
         return min(AUTO_MAX_LENGTH, limit)
@@ -225,4 +245,4 @@ def _choose_max_length(params: Any, max_positions: int | None, tokenizer_max_len
             f"Got max_length={params.max_length} but model={os.fspath(params.model)!r} takes "
             f"{limit} tokens. Pass at most that, or 'auto'."
         )
-    return params.max_length
+    return int(params.max_length)

@@ -109,7 +109,11 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
         ) as run:
             losses.append(run.trainer.train_epoch())
             attributes = _attributes(table, run, losses, seed)
-            return attributes | {"optimizer_state_": run.trainer.state()}
+            n_before = estimator.n_samples_seen_ if goes_on else 0
+            return attributes | {
+                "n_samples_seen_": n_before + len(table),
+                "optimizer_state_": run.trainer.state(),
+            }
 
 
 def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
@@ -129,6 +133,7 @@ def _attributes(
         "multilabel_": table.multilabel,
         "adapter_": adapter,
         "n_iter_": len(losses),
+        "n_samples_seen_": len(table),
         "loss_curve_": list(losses),
         "validation_scores_": None,
         "best_validation_score_": None,

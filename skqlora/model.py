@@ -13,7 +13,7 @@ from torch import nn
 
 from skqlora.adapter import AdapterState, LoraSettings
 from skqlora.backbone import Backbone
-from skqlora.clones import ADAPTER, AdaptedClone
+from skqlora.clones import ADAPTER, AdaptedClone, refuse_other_shapes
 
 HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
 
@@ -170,7 +170,7 @@ class TextClassifierModel(nn.Module):
                 clone.start(lora, seed)
                 _start_head(model.head, seed)
             else:
-                _refuse_other_base(backbone, start)
+                refuse_other_base(backbone, start)
                 _refuse_other_settings(lora, pooling, start)
                 clone.activate(start)
                 _write_head(model.head, start)
@@ -191,7 +191,7 @@ class TextClassifierModel(nn.Module):
         ValueError
             If the base is not the one that the adapter was trained on.
         """
-        _refuse_other_base(backbone, state)
+        refuse_other_base(backbone, state)
         keep_pooler = state.pooling == "pooler"
         with backbone.lease(state.lora, keep_pooler=keep_pooler, holding=state) as clone:
             clone.activate(state)
@@ -228,16 +228,20 @@ class TextClassifierModel(nn.Module):
         """Count the parameters of the adapter and the head."""
         return self.clone.n_parameters + sum(p.numel() for p in self.head.parameters())
 
-    def capture(self, max_length: int) -> AdapterState:
+    def capture(self, max_length: int, tokenizer_fingerprint: str = "") -> AdapterState:
         """Copy the adapter and the head out of the model, to NumPy and without the base.
 
-        The clone keeps the adapter active, for a prediction that follows.
+        The clone keeps the adapter active, for a prediction that follows. What a text becomes is
+        not the model's business, only noted.
         """
         state = AdapterState(
             lora=self.lora,
             pooling=self.pooling,
             max_length=max_length,
+            model=self.backbone.spec.model,
+            revision=self.backbone.spec.revision,
             fingerprint=self.backbone.fingerprint,
+            tokenizer_fingerprint=tokenizer_fingerprint,
             lora_tensors=self.clone.read(),
             head_tensors={name: _to_numpy(p) for name, p in self.head.named_parameters()},
         )
@@ -323,11 +327,15 @@ def _start_head(head: nn.Linear, seed: int) -> None:
 
 @torch.no_grad()
 def _write_head(head: nn.Linear, state: AdapterState) -> None:
+    refuse_other_shapes(
+        state.head_tensors, {name: tuple(p.shape) for name, p in head.named_parameters()}
+    )
     for name, parameter in head.named_parameters():
         parameter.copy_(torch.tensor(state.head_tensors[name]))
 
 
-def _refuse_other_base(backbone: Backbone, state: AdapterState) -> None:
+def refuse_other_base(backbone: Backbone, state: AdapterState) -> None:
+    """Refuse an adapter on another base than it was trained on, by ValueError."""
     if backbone.fingerprint != state.fingerprint:
         raise ValueError(
             f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "

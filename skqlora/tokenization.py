@@ -4,6 +4,8 @@ Knows nothing of labels, of models or of scikit-learn: a text is a ``str``.
 """
 
 import functools
+import hashlib
+import json
 import sys
 import threading
 from collections import OrderedDict
@@ -17,6 +19,15 @@ from transformers import AutoTokenizer
 from skqlora.data import TokenizedTexts
 from skqlora.quiet import muted
 
+PROBES = (
+    "",
+    "The quick brown FOX can't jump over 1,234.56 lazy dogs: it's 7am!",
+    "  two  spaces,\ttabs\r\nand lines ",
+    "na\u00efve caf\u00e9 cafe\u0301 \u00df \u0130 \u0416\u0443\u043a \u05e9\u05dc\u05d5\u05dd",
+    "\u4f60\u597d\u4e16\u754c \u3053\u3093 \ud55c\uad6d \u0645\u0631\u062d\u0628\u0627",
+    "x_1 = f(a)[0] # \U0001f600 https://example.org/?q=1&r=2",
+    "pneumonoultramicroscopicsilicovolcanoconiosis",
+)  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
 CACHE_BYTES = 64_000_000  # of remembered texts and ids, for each tokenizer
 
 
@@ -82,6 +93,16 @@ class CachingTokenizer:
         self._remembered: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
         self._n_bytes = 0
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and of what some texts in many scripts become.
+
+        Of what the tokenizer does and not of its files, which other versions write otherwise.
+        """
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in PROBES]
+        return hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
 
     @property
     def max_length(self) -> int:

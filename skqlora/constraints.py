@@ -1,0 +1,48 @@
+"""What values the parameters of `QLoRAClassifier` may have, in scikit-learn's terms."""
+
+import os
+from numbers import Integral, Real
+
+from sklearn.metrics import get_scorer_names
+from sklearn.utils._param_validation import Interval, Options, StrOptions
+
+SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
+PARAMETER_CONSTRAINTS: dict[str, list] = {
+    "model": [str, os.PathLike],
+    "revision": [str, None],
+    "quantization": [StrOptions({"nf4", "fp4"}), None],
+    "double_quant": ["boolean"],
+    "compute_dtype": [StrOptions({"auto", "bfloat16", "float16", "float32"})],
+    "device": [str],
+    "attn_implementation": [str, None],
+    "lora_r": [Interval(Integral, 1, None, closed="left")],
+    "lora_alpha": [Interval(Real, 0, None, closed="neither")],
+    "lora_dropout": [Interval(Real, 0, 1, closed="left")],
+    "target_modules": [str, list, tuple],
+    "use_rslora": ["boolean"],
+    "use_dora": ["boolean"],
+    # Other starts of PEFT write to the base, which is shared.
+    "init_lora_weights": [Options(bool, {True}), StrOptions({"gaussian"})],
+    "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],
+    "max_length": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+    "num_train_epochs": [Interval(Integral, 1, None, closed="left")],
+    "batch_size": [Interval(Integral, 1, None, closed="left")],
+    "gradient_accumulation_steps": [Interval(Integral, 1, None, closed="left")],
+    "gradient_checkpointing": [StrOptions({"auto"}), "boolean"],
+    "learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+    "head_learning_rate": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+    "weight_decay": [Interval(Real, 0, None, closed="left")],
+    "warmup_steps": [Interval(Real, 0, None, closed="left")],
+    "lr_scheduler_type": [StrOptions(SCHEDULES)],
+    "max_grad_norm": [Interval(Real, 0, None, closed="neither"), None],
+    "optim": [StrOptions({"paged_adamw_32bit", "paged_adamw_8bit", "adamw"})],
+    "class_weight": [dict, list, StrOptions({"balanced"}), None],
+    "early_stopping": ["boolean"],
+    "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+    "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+    "tol": [Interval(Real, 0, None, closed="left")],
+    "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
+    "warm_start": ["boolean"],
+    "random_state": ["random_state"],
+    "verbose": ["verbose"],
+}

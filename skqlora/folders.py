@@ -1,0 +1,116 @@
+"""Folders that appear whole or not at all: written beside their place, then moved there.
+
+Knows nothing of what is written.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
+
+
+@contextmanager
+def written_folder(
+    path: str | os.PathLike, replaceable: Collection[str] | None = None
+) -> Iterator[Path]:
+    """Give a new folder to write to, which is moved to `path` at the end.
+
+    A kill at any moment leaves at `path` what was there before or what was written, and perhaps a
+    hidden folder ``.NAME.*.tmp`` beside it. Where the system cannot exchange two folders (outside
+    Linux, on some network disks) that holds but for the moment between two renames.
+
+    Parameters
+    ----------
+    path : str or path
+        Missing folders above it are made.
+    replaceable : collection of str, optional
+        Names of files that a folder at `path` may hold and lose. None: there must be none.
+
+    Yields
+    ------
+    folder : Path
+
+    Raises
+    ------
+    OSError
+        If something else is at `path` (FileExistsError, NotADirectoryError), or it cannot be
+        written. What is there stays as it is.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+    _refuse_what_is_there(target, replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    folder.mkdir()
+    try:
+        yield folder
+        for file in (*folder.rglob("*"), folder):
+            _flush(file)
+        _move(folder, target, replaceable)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
+
+
+def _move(folder: Path, target: Path, replaceable: Collection[str] | None) -> None:
+    try:
+        os.rename(folder, target)  # onto nothing, or onto an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _refuse_what_is_there(target, replaceable)  # another process may have been faster
+        _exchange(folder, target)
+
+
+def _exchange(folder: Path, target: Path) -> None:
+    """Swap two folders at once where the system can, else by three renames."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if hasattr(libc, "renameat2") and not libc.renameat2(
+            AT_FDCWD, os.fsencode(folder), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE
+        ):
+            return
+    aside = folder.with_suffix(".old.tmp")
+    os.rename(target, aside)
+    os.rename(folder, target)
+    os.rename(aside, folder)
+
+
+def _refuse_what_is_there(target: Path, replaceable: Collection[str] | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise NotADirectoryError(
+            f"Got path={str(target)!r}, which is a file. Wanted: a folder, or a path where nothing "
+            "is yet."
+        )
+    names = sorted(entry.name for entry in target.iterdir())
+    if names and replaceable is None:
+        raise FileExistsError(
+            f"Got path={str(target)!r}, a folder that is not empty. Wanted: a path where nothing "
+            "is yet, or overwrite=True where that is offered."
+        )
+    foreign = [name for name in names if name not in (replaceable or ())]
+    if foreign:
+        raise FileExistsError(
+            f"Got path={str(target)!r} with overwrite=True, but it holds {foreign[0]!r}, which was "
+            "not written here. Wanted: a folder that holds a saved classifier alone. Move the rest "
+            "away, or save elsewhere."
+        )
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

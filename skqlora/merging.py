@@ -1,0 +1,158 @@
+"""A base and an adapter as one dense Transformers model for sequence classification.
+
+Knows nothing of texts. The 4-bit weights are dequantized in float32 and the adapter is added to
+them: it was trained on those weights, not on the ones that were quantized.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from skqlora.adapter import AdapterState
+from skqlora.backbone import Backbone
+from skqlora.clones import ADAPTER, drawing_nothing, peft_config, refuse_other_shapes
+from skqlora.peft_format import adapted_modules
+from skqlora.quiet import library_lock
+
+HEADS = {"last": "score", "pooler": "classifier"}  # by pooling, the stock classes' names
+
+
+def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel, str, str]:
+    """Make Transformers' own model for sequence classification, and name its parts.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+    pooling : {"last", "mean", "cls", "pooler"}
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        float32 and without meaningful weights.
+    base, head : str
+        The names of these two modules in it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, it does not pool so, or its head is more than a linear layer.
+    """
+    refusal = ValueError(
+        f"Got a {config.model_type} classifier with pooling={pooling!r}, for which Transformers "
+        "has no class of its own. Wanted: one of Llama, Qwen, Mistral, Gemma, GPT-2 ... with "
+        "pooling='last', or of BERT, ALBERT with pooling='pooler'. `save` writes any."
+    )
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise refusal
+    with library_lock, drawing_nothing():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    base_name, head_name = model.base_model_prefix, HEADS.get(pooling, "")
+    base = getattr(model, base_name, None)
+    if base is None or not isinstance(getattr(model, head_name, None), nn.Linear):
+        raise refusal
+    if pooling == "pooler" and getattr(base, "pooler", None) is None:
+        raise refusal
+    return model, base_name, head_name
+
+
+def classification_config(
+    backbone_config: PreTrainedConfig, labels: list[str], *, multilabel: bool, pad_id: int | None
+) -> PreTrainedConfig:
+    """Write the names of the classes into a copy of a base's configuration."""
+    config = copy.deepcopy(backbone_config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = (
+        "multi_label_classification" if multilabel else "single_label_classification"
+    )
+    config.pad_token_id = pad_id
+    return config
+
+
+def merge(backbone: Backbone, state: AdapterState, config: PreTrainedConfig) -> PreTrainedModel:
+    """Make a dense float32 model of a base and an adapter, on the CPU.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Only read.
+    state : AdapterState
+        Of this base.
+    config : transformers.PreTrainedConfig
+        Of `classification_config`.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        Whose weights are those of the base, dequantized, plus ``scaling * B @ A``.
+
+    Raises
+    ------
+    ValueError
+        If Transformers has no class for how the adapter's vectors are pooled.
+    """
+    model, base_name, head_name = stock_model(config, state.pooling)
+    base, head = model.get_submodule(base_name), model.get_submodule(head_name)
+    with torch.no_grad():
+        base.load_state_dict(_dense_state(backbone.module, base), assign=True)
+        _add_adapter(base, state)
+        refuse_other_shapes(
+            state.head_tensors, {name: tuple(p.shape) for name, p in head.named_parameters()}
+        )
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.tensor(state.head_tensors[name]))
+    return model.requires_grad_(True)
+
+
+def _dense_state(quantized: PreTrainedModel, dense: nn.Module) -> dict[str, torch.Tensor]:
+    """Dequantize the weights of a base, in the layout of a dense one."""
+    state = quantized.state_dict()
+    values = {}
+    for name in dense.state_dict():
+        module_name, _, parameter = name.rpartition(".")
+        module = quantized.get_submodule(module_name)
+        if isinstance(module, bnb.nn.Linear4bit) and parameter == "weight":
+            value = _dequantized(module.weight)
+            if isinstance(dense.get_submodule(module_name), Conv1D):  # GPT-2's transposed layers
+                value = value.T.contiguous()
+        else:
+            value = state[name]
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        values[name] = value.to("cpu", dtype, copy=True)  # the base must not be merged into
+    return values
+
+
+def _dequantized(weight: Any) -> torch.Tensor:
+    """Dequantize in float32, whatever the base computes in."""
+    constants = copy.copy(weight.quant_state)
+    constants.dtype = torch.float32
+    return bnb.functional.dequantize_4bit(weight.data, constants)
+
+
+def _add_adapter(base: nn.Module, state: AdapterState) -> None:
+    targets = tuple(adapted_modules(state.lora_tensors))
+    lora = replace(state.lora, target_modules=targets)
+    with library_lock, drawing_nothing():
+        adapted = LoraModel(base, {ADAPTER: peft_config(lora, base)}, ADAPTER)
+    parameters = {name: p for name, p in adapted.model.named_parameters() if ".lora_" in name}
+    refuse_other_shapes(
+        state.lora_tensors, {name: tuple(p.shape) for name, p in parameters.items()}
+    )
+    for name, parameter in parameters.items():
+        parameter.copy_(torch.tensor(state.lora_tensors[name]))
+    adapted.merge_and_unload()

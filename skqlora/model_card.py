@@ -1,0 +1,75 @@
+"""The page that tells people, and the Hub, what a saved classifier is."""
+
+import os
+from typing import Any
+
+MAX_CLASSES = 50  # named on the page
+TEMPLATE = """\
+---
+{header}
+---
+
+# Text classifier: {n_classes} classes on {base}
+
+| | |
+|---|---|
+{table}
+
+Classes: {classes}.
+
+```python
+from skqlora import QLoRAClassifier
+
+clf = QLoRAClassifier.load("{path}")
+clf.predict(["..."])
+```
+
+The base is not part of this repository: it is loaded at the first prediction.
+"""
+
+
+def model_card(parameters: dict[str, Any], fitted: dict[str, Any], path: str) -> str:
+    """Write a model card in the form of the Hugging Face Hub.
+
+    Parameters
+    ----------
+    parameters, fitted : dict
+        Of the estimator, by name.
+    path : str
+        Where the classifier is to be loaded from.
+
+    Returns
+    -------
+    card : str
+        Markdown with a header in YAML.
+    """
+    from huggingface_hub import ModelCardData  # its import changes logging
+
+    model = os.fspath(parameters["model"])
+    header = ModelCardData(
+        base_model=None if os.path.isdir(model) else model,
+        library_name="skqlora",
+        pipeline_tag="text-classification",
+        tags=["peft", "lora", "qlora", "scikit-learn"],
+    )
+    score, losses = fitted["best_validation_score_"], fitted["loss_curve_"]
+    rows = {
+        "base": f"{model}, {parameters['quantization'] or 'not quantized'}",
+        "adapter": f"LoRA of rank {fitted['adapter_'].lora.r}",
+        "trained parameters": f"{fitted['footprint_'].trainable_parameters:,}",
+        "training texts": f"{fitted['n_samples_seen_']:,}" if losses else None,
+        "epochs": fitted["n_iter_"],
+        "training loss": f"{losses[-1]:.4f} nats" if losses else None,
+        "validation score": None if score is None else f"{score:.4f}",
+    }
+    labels = [str(label) for label in fitted["classes_"].tolist()]
+    if len(labels) > MAX_CLASSES:
+        labels[MAX_CLASSES:] = [f"and {len(labels) - MAX_CLASSES} more"]
+    return TEMPLATE.format(
+        header=header.to_yaml(),
+        n_classes=len(fitted["classes_"]),
+        base=os.path.basename(model),
+        table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value),
+        classes=", ".join(labels),
+        path=path,
+    )

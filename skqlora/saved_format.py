@@ -1,0 +1,350 @@
+"""A fitted classifier as files, and back: JSON and safetensors, in a versioned format.
+
+Knows nothing of models. Whatever the files hold, reading them runs no code of theirs.
+
+The version rises when a reader of the one before would misread the files. A new key that an older
+reader may ignore does not raise it. Every version that was ever released stays readable.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
+from skqlora.peft_format import PREFIX, from_peft_name
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """The files of a saved classifier.
+
+    Attributes
+    ----------
+    manifest : str
+        Parameters, classes and the other fitted attributes; SHA-256 of the files with tensors.
+    adapter, adapter_config : str
+        LoRA on the headless base, as PEFT names it: `PeftModel.from_pretrained(AutoModel...)`.
+    head : str
+        The linear layer over the pooled vector.
+    optimizer : str
+        After `partial_fit` alone: the moments for the next one.
+    model_card : str
+        For people, and the Hub.
+    """
+
+    manifest: str = "skqlora.json"
+    adapter: str = "adapter_model.safetensors"
+    adapter_config: str = "adapter_config.json"
+    head: str = "head.safetensors"
+    optimizer: str = "optimizer.safetensors"
+    model_card: str = "README.md"
+
+
+FILES = SavedFiles()
+ALL_FILES = astuple(FILES)
+LABEL_KINDS = "OUbiufM"  # str, bool, int, float and dates
+
+
+def write_classifier(
+    folder: Path, parameters: dict[str, Any], fitted: dict[str, Any], version: str
+) -> None:
+    """Write everything but PEFT's files, which must be there already, and the model card.
+
+    Parameters
+    ----------
+    folder : Path
+    parameters : dict
+        Of the estimator, by name.
+    fitted : dict
+        The estimator's fitted attributes, by name.
+    version : str
+        Of this package.
+
+    Raises
+    ------
+    ValueError
+        If a parameter cannot be written as JSON.
+    """
+    adapter: AdapterState = fitted["adapter_"]
+    optimizer: OptimizerState | None = fitted["optimizer_state_"]
+    (folder / FILES.head).write_bytes(safetensors.numpy.save(dict(adapter.head_tensors)))
+    if optimizer is not None:
+        (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(_moments(optimizer)))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "skqlora_version": version,
+        "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
+        "classes": _classes_to_json(fitted["classes_"]),
+        "multilabel": fitted["multilabel_"],
+        "n_iter": fitted["n_iter_"],
+        "n_samples_seen": fitted["n_samples_seen_"],
+        "loss_curve": fitted["loss_curve_"],
+        "validation_scores": _scores_to_json(fitted["validation_scores_"]),
+        "best_validation_score": fitted["best_validation_score_"],
+        "random_seed": fitted["_random_seed"],
+        "footprint": asdict(fitted["footprint_"]),
+        "adapter": {
+            "lora": asdict(adapter.lora),
+            "pooling": adapter.pooling,
+            "max_length": adapter.max_length,
+            "model": adapter.model,
+            "revision": adapter.revision,
+            "fingerprint": adapter.fingerprint,
+            "tokenizer_fingerprint": adapter.tokenizer_fingerprint,
+        },
+        "optimizer": None if optimizer is None else _optimizer_to_json(optimizer),
+        "sha256": {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.glob("*.safetensors"))
+        },
+    }
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    (folder / FILES.manifest).write_text(text + "\n", encoding="utf-8")
+
+
+def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `write_classifier` wrote.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    parameters, fitted : dict
+        Of the estimator, by name.
+
+    Raises
+    ------
+    ValueError
+        If a file is not what was written, or of a newer format; the message names the file.
+    OSError
+        If a file is missing or cannot be read.
+    """
+    path = folder / FILES.manifest
+    text = path.read_bytes()
+    with _reading(path):
+        manifest = json.loads(text)
+        if _typed(manifest, "format_version", int) > FORMAT_VERSION:
+            raise ValueError(
+                f"its format_version is {manifest['format_version']} and this version of skqlora "
+                f"reads up to {FORMAT_VERSION}; upgrade skqlora"
+            )
+        parameters = {
+            name: _from_json(value) for name, value in _typed(manifest, "parameters", dict).items()
+        }
+        fitted = {
+            "classes_": _classes_from_json(_typed(manifest, "classes", dict)),
+            "multilabel_": _typed(manifest, "multilabel", bool),
+            "n_iter_": _typed(manifest, "n_iter", int),
+            "n_samples_seen_": _typed(manifest, "n_samples_seen", int),
+            "loss_curve_": [float(loss) for loss in _typed(manifest, "loss_curve", list)],
+            "validation_scores_": _scores_from_json(manifest["validation_scores"]),
+            "best_validation_score_": _typed(
+                manifest, "best_validation_score", (float, type(None))
+            ),
+            "footprint_": Footprint(**_typed(manifest, "footprint", dict)),
+            "_random_seed": _typed(manifest, "random_seed", int),
+        }
+        of_adapter = _typed(manifest, "adapter", dict)
+        lora = _lora_from_json(_typed(of_adapter, "lora", dict))
+        adapter = partial(
+            AdapterState,
+            lora=lora,
+            pooling=_typed(of_adapter, "pooling", str),
+            max_length=_typed(of_adapter, "max_length", int),
+            model=_typed(of_adapter, "model", str),
+            revision=_typed(of_adapter, "revision", (str, type(None))),
+            fingerprint=_typed(of_adapter, "fingerprint", str),
+            tokenizer_fingerprint=_typed(of_adapter, "tokenizer_fingerprint", str),
+        )
+        hashes = _typed(manifest, "sha256", dict)
+        needed = [FILES.adapter, FILES.head]
+        if manifest["optimizer"] is not None:
+            needed.append(FILES.optimizer)
+    tensors = {name: _read_tensors(folder / name, hashes) for name in needed}
+    with _reading(folder / FILES.adapter):
+        named = tensors[FILES.adapter]
+        lora_tensors = {from_peft_name(name.removeprefix(PREFIX)): named[name] for name in named}
+        _check_lora(lora_tensors, lora)
+    with _reading(folder / FILES.head):
+        head_tensors = tensors[FILES.head]
+        _check_head(head_tensors, len(fitted["classes_"]))
+    fitted["adapter_"] = adapter(lora_tensors=lora_tensors, head_tensors=head_tensors)
+    fitted["optimizer_state_"] = None
+    if FILES.optimizer in tensors:
+        with _reading(folder / FILES.optimizer):
+            fitted["optimizer_state_"] = _optimizer_from_json(
+                manifest["optimizer"], tensors[FILES.optimizer]
+            )
+    return parameters, fitted
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a file's content into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # parsers raise a dozen types: KeyError, RecursionError ...
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(
+            f"{str(path)!r} is not a file that `save` wrote: {reason}. Wanted: the folder as it "
+            "was written. Copy or save it again."
+        ) from error
+
+
+def _read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
+    data = path.read_bytes()
+    with _reading(path):
+        if hashes.get(path.name) != hashlib.sha256(data).hexdigest():
+            raise ValueError(f"its SHA-256 is not the one in {FILES.manifest}")
+        return safetensors.numpy.load(data)
+
+
+def _check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
+    """Refuse tensors that no adapter of that rank has."""
+    kinds: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        _check_numbers(name, tensor)
+        module, _, kind = name.rpartition(".lora_")
+        kinds.setdefault(module, set()).add(kind.partition(".")[0])
+        axis = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}.get(kind.partition(".")[0])
+        if axis is not None and (tensor.ndim != 2 or tensor.shape[axis] != lora.r):
+            raise ValueError(f"{name!r} has the shape {tensor.shape}, but the rank is {lora.r}")
+    magnitude = {"magnitude_vector"} if lora.use_dora else set()
+    wanted = [{"A", "B"} | magnitude, {"embedding_A", "embedding_B"} | magnitude]
+    incomplete = [module for module, found in kinds.items() if found not in wanted]
+    if incomplete or not kinds:
+        raise ValueError(f"it does not hold A and B of {incomplete or 'any layer'}")
+
+
+def _check_head(tensors: dict[str, np.ndarray], n_classes: int) -> None:
+    if not {"weight"} <= tensors.keys() <= {"weight", "bias"}:
+        raise ValueError(f"it holds {sorted(tensors)} instead of a weight and a bias")
+    for name, tensor in tensors.items():
+        _check_numbers(name, tensor)
+        if tensor.ndim != (2 if name == "weight" else 1) or len(tensor) != n_classes:
+            raise ValueError(f"{name!r} has the shape {tensor.shape} for {n_classes} classes")
+
+
+def _check_numbers(name: str, tensor: np.ndarray) -> None:
+    if tensor.dtype != np.float32:
+        raise ValueError(f"{name!r} is of {tensor.dtype} instead of float32")
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name!r} holds values that are not finite")
+
+
+def _typed(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """Look a value up; of its exact type, since a bool is an int to isinstance."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(mapping, dict) or key not in mapping or type(mapping[key]) not in kinds:
+        raise ValueError(f"it has no {key!r} of type {kinds[0].__name__}")
+    return mapping[key]
+
+
+def _to_json(value: Any, name: str) -> Any:
+    """Write a parameter; a dict as its items, since JSON has only str as keys."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_to_json(entry, name) for entry in value]
+    if isinstance(value, Mapping):
+        return {"items": [[_to_json(k, name), _to_json(v, name)] for k, v in value.items()]}
+    raise ValueError(
+        f"Got {name}={value!r}, which cannot be written without pickle. Wanted: text, numbers, "
+        f"lists and dicts. Call set_params({name}=None) before, or use joblib.dump."
+    )
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_from_json(key): _from_json(entry) for key, entry in value["items"]}
+    return [_from_json(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
+    if classes.dtype.kind not in LABEL_KINDS:
+        raise ValueError(
+            f"Got labels of dtype {classes.dtype}, which cannot be written without pickle. Wanted: "
+            "str, int, bool or dates, or use joblib.dump."
+        )
+    values = classes.astype(np.int64) if classes.dtype.kind == "M" else classes
+    return {"dtype": classes.dtype.str, "values": values.tolist()}
+
+
+def _classes_from_json(classes: dict[str, Any]) -> np.ndarray:
+    dtype = np.dtype(_typed(classes, "dtype", str))
+    if dtype.kind not in LABEL_KINDS:
+        raise ValueError(f"the labels are of {dtype}")
+    values = _typed(classes, "values", list)
+    labels = np.array(values, dtype=np.int64 if dtype.kind == "M" else dtype).astype(dtype)
+    if labels.ndim != 1 or len(labels) < 2 or labels.tolist() != np.unique(labels).tolist():
+        raise ValueError("the classes are not sorted labels, each once")
+    if dtype.kind == "O" and not all(isinstance(label, str) for label in values):
+        raise ValueError("the labels are not all text")
+    return labels
+
+
+def _scores_to_json(scores: list[float] | None) -> list[float | None] | None:
+    """Write nan, which JSON lacks, as null."""
+    return None if scores is None else [None if math.isnan(score) else score for score in scores]
+
+
+def _scores_from_json(scores: list[float | None] | None) -> list[float] | None:
+    return None if scores is None else [math.nan if s is None else float(s) for s in scores]
+
+
+def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:
+    settings = LoraSettings(**lora)
+    if type(settings.r) is not int or settings.r < 1:
+        raise ValueError(f"the rank is {settings.r!r}")
+    if type(settings.lora_alpha) not in (int, float):
+        raise ValueError(f"lora_alpha is {settings.lora_alpha!r}")
+    targets = settings.target_modules
+    return replace(settings, target_modules=targets if isinstance(targets, str) else tuple(targets))
+
+
+def _moments(optimizer: OptimizerState) -> dict[str, np.ndarray]:
+    return {
+        f"{number}.{name}": value
+        for number, state in enumerate(optimizer.states)
+        for name, value in state.items()
+        if isinstance(value, np.ndarray)
+    }
+
+
+def _optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
+    """Write what is no array of an optimizer's state."""
+    scalars = [
+        {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
+        for state in optimizer.states
+    ]
+    return {"optim": optimizer.optim, "n_updates": optimizer.n_updates, "scalars": scalars}
+
+
+def _optimizer_from_json(
+    optimizer: dict[str, Any], moments: dict[str, np.ndarray]
+) -> OptimizerState:
+    states: list[dict[str, Any]] = [dict(scalars) for scalars in optimizer["scalars"]]
+    for key, value in moments.items():
+        number, _, name = key.partition(".")
+        states[int(number)][name] = value
+    return OptimizerState(
+        _typed(optimizer, "optim", str), _typed(optimizer, "n_updates", int), states
+    )

@@ -1,0 +1,174 @@
+"""A folder appears whole or not at all, whatever happens and whoever else writes."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from skqlora.folders import written_folder
+
+NAMES = ("a", "b")
+
+
+def write(path, text, replaceable=NAMES):
+    with written_folder(path, replaceable) as folder:
+        for name in NAMES:
+            (folder / name).write_text(text)
+
+
+def read(path):
+    return [(path / name).read_text() for name in NAMES]
+
+
+def test_folder_is_written_and_replaced_and_nothing_else_stays(tmp_path):
+    path = tmp_path / "above" / "folder"
+    write(path, "old", replaceable=None)
+    write(path, "new")
+    assert read(path) == ["new", "new"]
+    assert os.listdir(path.parent) == ["folder"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", "old")
+    write(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "real") == ["new", "new"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    def interrupted():
+        with written_folder(tmp_path / "folder", NAMES) as folder:
+            (folder / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    write(tmp_path / "folder", "old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert read(tmp_path / "folder") == ["old", "old"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_was_not_written_here_is_never_replaced(tmp_path):
+    write(tmp_path / "folder", "old")
+    with pytest.raises(FileExistsError, match=r"not empty.*overwrite=True"):
+        write(tmp_path / "folder", "new", replaceable=None)
+    (tmp_path / "folder" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds 'thesis.tex'"):
+        write(tmp_path / "folder", "new")
+    with pytest.raises(NotADirectoryError, match="which is a file"):
+        write(tmp_path / "folder" / "a", "new")
+    assert read(tmp_path / "folder") == ["old", "old"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path, exchange):
+    path = tmp_path / "folder"
+    write(path, "old")
+    seen = []
+    for moment in range(200):
+        child = os.fork()
+        if child == 0:
+            _die_at(moment, path, exchange)
+        _, status = os.waitpid(child, 0)
+        assert path.is_dir() or not exchange  # without an exchange there is a moment between
+        if path.is_dir():
+            texts = read(path)
+            assert texts in (["old", "old"], ["new", "new"])
+            seen.append(texts[0])
+            write(path, "old")
+        else:
+            [aside] = [p for p in tmp_path.iterdir() if p.name.endswith(".old.tmp")]
+            assert read(aside) == ["old", "old"]  # nothing is lost
+            aside.rename(path)
+        if not os.WIFSIGNALED(status):
+            break
+    assert os.WIFEXITED(status)
+    assert moment > 10
+    assert set(seen) == {"old", "new"}
+
+
+def _die_at(moment, path, exchange):
+    """In a child: write, and die at the n-th thing that is done to the disk."""
+    count = iter(range(1000))
+
+    def hook(event, args):
+        disk = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "ctypes.dlopen")
+        if event in disk and next(count) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not exchange:
+        sys.platform = "other"
+    sys.addaudithook(hook)
+    write(path, "new")
+    os._exit(0)
+
+
+def test_two_at_once_leave_one_of_the_two(tmp_path):
+    path, start = tmp_path / "folder", threading.Barrier(2)
+    failures = []
+
+    def save(text, replaceable):
+        start.wait()
+        try:
+            write(path, text, replaceable)
+        except FileExistsError as error:
+            failures.append(error)
+
+    for replaceable in (None, NAMES) * 10:
+        failures.clear()
+        threads = [threading.Thread(target=save, args=(t, replaceable)) for t in ("one", "two")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert read(path) in (["one", "one"], ["two", "two"])
+        assert len(failures) == (replaceable is None)
+        assert os.listdir(tmp_path) == ["folder"]
+        for name in NAMES:
+            (path / name).unlink()
+        path.rmdir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+def test_two_processes_at_once_leave_one_of_the_two(tmp_path):
+    path = tmp_path / "folder"
+    children = []
+    for text in ("one", "two"):
+        child = os.fork()
+        if child == 0:
+            for _ in range(50):
+                write(path, text)
+            os._exit(0)
+        children.append(child)
+    while any(os.waitpid(child, os.WNOHANG) == (0, 0) for child in children[:1]):
+        if path.exists():
+            assert set(read(path)) <= {"one", "two"}
+    os.waitpid(children[1], 0)
+    assert read(path) in (["one", "one"], ["two", "two"])
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and a limit on files' sizes")
+def test_what_the_disk_refuses_leaves_what_was_there(tmp_path):
+    import resource
+
+    with pytest.raises(OSError, match="/proc"):
+        write("/proc/folder", "new")
+    write(tmp_path / "folder", "old")
+    old_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, as of a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, old_limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(tmp_path / "folder", "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert read(tmp_path / "folder") == ["old", "old"]
+    assert os.listdir(tmp_path) == ["folder"]
