@@ -3,7 +3,6 @@
 Knows nothing of models.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from skqlora.inputs import LabelledTexts
@@ -58,26 +57,25 @@ class FitTasks:
             self._epoch = self._root.subcontext(task_name="epoch")
             self._epoch.call_on_fit_task_begin(estimator=self._estimator, **self._told)
 
-    def end_epoch(self, fitted_attributes: Callable[[], dict[str, Any]]) -> bool:
+    def end_epoch(self, attributes: dict[str, Any]) -> bool:
         """Tell that the epoch has ended; return whether a callback wants to stop.
 
         Parameters
         ----------
-        fitted_attributes : callable
-            Returns what makes the estimator a fitted one, as if the fit ended now. Called only if
-            a callback asks for that.
+        attributes : dict
+            What makes the estimator a fitted one, as if the fit ended now.
         """
-        return self._end(self._epoch, fitted_attributes)
+        return self._end(self._epoch, attributes)
 
-    def end(self, fitted_attributes: Callable[[], dict[str, Any]]) -> None:
+    def end(self, attributes: dict[str, Any]) -> None:
         """Tell that the fit has ended."""
-        self._end(self._root, fitted_attributes)
+        self._end(self._root, attributes)
 
-    def _end(self, task: Any, fitted_attributes: Callable[[], dict[str, Any]]) -> bool:
+    def _end(self, task: Any, attributes: dict[str, Any]) -> bool:
         if task is None:
             return False
         return task.call_on_fit_task_end(
             estimator=self._estimator,
-            reconstruction_attributes=fitted_attributes,
+            reconstruction_attributes=attributes,
             **self._told,
         )

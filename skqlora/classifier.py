@@ -299,7 +299,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
             For input or parameters that cannot work; before a model is loaded where that is
             possible to tell.
         FloatingPointError
-            If the training diverges.
+            If the training diverges. Then the classifier is that of the last epoch before, if
+            there is one: `n_iter_` says.
         RuntimeError
             In a fork of a process that has computed on threads; in two threads of one process of a
             `torch.distributed` group.
@@ -310,8 +311,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         goes_on = self.warm_start and hasattr(self, "adapter_")
         if goes_on:
             refuse_other_classes(table, self.classes_, self.multilabel_)
-        # All at once and at the end: a failure leaves an older fit as it was.
-        self.__dict__.update(fit_epochs(self, table, held_out, goes_on=goes_on))
+        # Kept all at once and at the end: a failure leaves an older fit as it was.
+        fit_epochs(self, table, held_out, goes_on=goes_on, keep=self.__dict__.update)
         return self
 
     def partial_fit(self, X, y, classes=None, sample_weight=None):

@@ -4,7 +4,6 @@ Knows nothing of torch; the estimator is only read.
 """
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +24,13 @@ if TYPE_CHECKING:  # torch and transformers load at first use
 
 
 def fit_epochs(
-    estimator: Any, table: LabelledTexts, held_out: LabelledTexts | None, *, goes_on: bool
-) -> dict[str, Any]:
+    estimator: Any,
+    table: LabelledTexts,
+    held_out: LabelledTexts | None,
+    *,
+    goes_on: bool,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     """Train for the estimator's number of epochs, or until a score or a callback says stop.
 
     Parameters
@@ -37,11 +41,13 @@ def fit_epochs(
         What early stopping scores. None holds a part of `table` out, if it is to stop early.
     goes_on : bool
         Start from the estimator's fitted adapter.
+    keep : callable
+        Given what makes the estimator a fitted one, once and all at the end.
 
-    Returns
-    -------
-    attributes : dict
-        What makes the estimator a fitted one.
+    Raises
+    ------
+    FloatingPointError
+        If the training diverges; what it was after the last epoch before that is kept.
     """
     import_libraries()
     from skqlora.distributed import Ranks
@@ -67,22 +73,27 @@ def fit_epochs(
                 score = ranks.from_first(stopping.score(as_fitted(estimator, fitted())))
                 if start is not None:
                     stopping.start_from(score, start)
+            attributes: dict[str, Any] = {}  # of the last epoch
             for _ in range(estimator.num_train_epochs):
                 tasks.begin_epoch()
-                losses.append(run.trainer.train_epoch())
-                current: Callable[[], dict[str, Any]] = functools.cache(fitted)
+                try:
+                    losses.append(run.trainer.train_epoch())
+                    current = fitted()
+                except FloatingPointError:
+                    keep(attributes)
+                    raise
                 stop = False
                 if stopping is not None:
-                    score = ranks.from_first(stopping.score(as_fitted(estimator, current())))
+                    score = ranks.from_first(stopping.score(as_fitted(estimator, current)))
                     run.trainer.show(score=f"{score:.3f}")
-                    stop = stopping.update(score, current()["adapter_"])
-                    current = partial(dict, current(), **stopping.attributes())
-                stop |= tasks.end_epoch(current)
+                    stop = stopping.update(score, current["adapter_"])
+                    current |= stopping.attributes()
+                attributes = current
+                stop |= tasks.end_epoch(attributes)
                 if ranks.from_first(stop):
                     break
-            attributes = current()
-        tasks.end(lambda: attributes)
-    return attributes
+        tasks.end(attributes)
+        keep(attributes)
 
 
 def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:

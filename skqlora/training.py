@@ -5,6 +5,7 @@ changed in place.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel, transformer_blocks
 from skqlora.optimizer import make_optimizer, read_state, release, write_state
 
+CHECK_EVERY = 50  # updates, for losses that are not finite
 PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
 
 
@@ -109,6 +111,7 @@ class Trainer:
         self.ranks = Ranks.current()
         self.rng = np.random.RandomState(seed)
         self.batch_rows = settings.batch_size * settings.gradient_accumulation_steps
+        self.micro_rows = settings.batch_size  # in one forward pass
         n_steps = settings.num_train_epochs * math.ceil(len(tokens) / self.batch_rows)
         head = FlatParameters(dict(model.head.named_parameters()))
         self.segments = [*model.clone.segments, head]
@@ -172,17 +175,20 @@ class Trainer:
             If it is not finite.
         """
         self.model.train()
-        sum_of_losses = self._zero()
+        self.n_epochs += 1
+        losses: list[torch.Tensor] = []
         for rows in training_batches(self.tokens.lengths, self.batch_rows, self.rng):
-            sum_of_losses += self.step(rows)
+            losses.append(self.step(rows))
             self.bar.update(len(rows))
+            if len(losses) % CHECK_EVERY == 0:
+                self._refuse_divergence(losses[-CHECK_EVERY:])
+        self._refuse_divergence(losses[len(losses) // CHECK_EVERY * CHECK_EVERY :])
         self.model.eval()
         self._last_rows = rows[: self.settings.batch_size]
+        sum_of_losses = torch.stack(losses).sum()
         self.ranks.sum_up(sum_of_losses)
-        loss = sum_of_losses.item() / float(self.weights.sum())  # the only wait for the device
-        self.n_epochs += 1
+        loss = sum_of_losses.item() / float(self.weights.sum())
         self.show(epoch=self.n_epochs, loss=f"{loss:.3f}")
-        _refuse_divergence(loss, self.n_epochs)
         return loss
 
     def show(self, **figures: object) -> None:
@@ -199,7 +205,7 @@ class Trainer:
         FloatingPointError
             If it is not finite: the last update went astray.
         """
-        _refuse_divergence(self._loss(self._last_rows).item(), self.n_epochs)
+        self._refuse_divergence([self._loss(self._last_rows)])
 
     def step(self, rows: np.ndarray) -> torch.Tensor:
         """Update the weights once from an effective batch, of which each rank takes its share.
@@ -208,7 +214,27 @@ class Trainer:
         -------
         loss : torch.Tensor
             This rank's part of the rows' weighted losses, summed.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If not even one text fits.
         """
+        loss = None
+        while loss is None:
+            try:
+                loss = self._accumulate(rows)
+            except torch.OutOfMemoryError:
+                if self.micro_rows == 1:
+                    raise
+            if loss is None:  # outside of the handler, whose traceback holds the activations
+                self._halve_micro_batches()
+        self._apply()
+        self.n_updates += 1
+        return loss
+
+    def _accumulate(self, rows: np.ndarray) -> torch.Tensor:
+        """Compute the gradient of an effective batch from nothing; return the summed loss."""
         self.model.clone.deactivate()
         for segment in self.segments:
             segment.gradient.zero_()
@@ -219,14 +245,43 @@ class Trainer:
         # weights: their sum would let a rare class count only as much as one batch does.
         n_losses = self.targets[rows].size
         share = self.ranks.share(len(rows))
-        for first in range(0, len(share), self.settings.batch_size):
-            clock.rows = share[first : first + self.settings.batch_size]
+        for first in range(0, len(share), self.micro_rows):
+            clock.rows = share[first : first + self.micro_rows]
             part = self._loss(rows[clock.rows])
             self.scaler.scale(part / n_losses).backward()
             loss += part.detach()
-        self._apply()
-        self.n_updates += 1
         return loss
+
+    def _halve_micro_batches(self) -> None:
+        """Go on with fewer texts in a forward pass: dropout by row makes the update the same."""
+        before, self.micro_rows = self.micro_rows, (self.micro_rows + 1) // 2
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).empty_cache()
+        n_passes = -(-self.batch_rows // self.micro_rows)
+        warnings.warn(
+            f"Out of memory with {before} texts in a forward pass. The update is computed again "
+            f"with {self.micro_rows}, and so are those that follow: the same up to rounding, and "
+            f"slower. Pass batch_size={self.micro_rows} and gradient_accumulation_steps={n_passes} "
+            "to begin so, or a smaller max_length.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _refuse_divergence(self, losses: list[torch.Tensor]) -> None:
+        """Look whether the losses of the last updates are finite: one wait for the device."""
+        if not losses:
+            return
+        sums = torch.stack(losses)
+        self.ranks.sum_up(sums)  # all ranks stop, or none: one alone would leave the others waiting
+        finite = torch.isfinite(sums).tolist()
+        if not all(finite):
+            update = self.n_updates - len(finite) + finite.index(False) + 1
+            raise FloatingPointError(
+                f"The training loss became infinite or no number in update {update} (epoch "
+                f"{self.n_epochs}). Wanted: a finite number. Lower learning_rate or "
+                "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. What "
+                "the classifier keeps is that of the last epoch before, if there is one."
+            )
 
     def state(self) -> OptimizerState:
         """Copy where the optimizer stands."""
@@ -386,12 +441,3 @@ def _count_warmup_steps(settings: TrainingSettings, n_steps: int) -> int:
     if settings.warmup_steps >= 1:
         return min(int(settings.warmup_steps), n_steps - 1)
     return min(math.ceil(settings.warmup_steps * n_steps), n_steps - 1)
-
-
-def _refuse_divergence(loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The training loss became {loss} in epoch {epoch}. Wanted: a "
-            "finite number. Lower learning_rate or head_learning_rate, raise warmup_steps, or pass "
-            "compute_dtype='float32'."
-        )

@@ -112,7 +112,7 @@ def test_fit_in_a_used_process_equals_one_in_a_fresh_process(
     make_classifier(model, quantization=None).fit(texts, labels)
     for error in (RuntimeError, KeyboardInterrupt):
         with monkeypatch.context() as patch:
-            patch.setattr("skqlora.training._refuse_divergence", Mock(side_effect=error))
+            patch.setattr("skqlora.training.Trainer._refuse_divergence", Mock(side_effect=error))
             with pytest.raises(error):
                 other.fit(texts, labels)
     used = make_classifier(model, compute_dtype=dtype).fit(texts, labels)

@@ -56,7 +56,7 @@ def test_base_is_the_same_bytes_after_whatever_happened(model, corpus, monkeypat
     clf.predict(texts)
     search = GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2, error_score="raise")
     search.fit(texts, labels)
-    monkeypatch.setattr("skqlora.training._refuse_divergence", _raise_keyboard_interrupt)
+    monkeypatch.setattr("skqlora.training.Trainer._refuse_divergence", _raise_keyboard_interrupt)
     with pytest.raises(KeyboardInterrupt):
         clf.fit(texts, labels)
     assert make_backbone(model).module is base

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from skqlora.backbone import Backbone
 from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
-from skqlora.model import transformer_blocks
+from skqlora.model import TextClassifierModel, transformer_blocks
 from skqlora.training import (
     Trainer,
     _count_warmup_steps,
@@ -123,7 +123,9 @@ def test_seed_decides(backbone):
 
 
 def test_divergence_is_an_error_with_a_remedy(backbone):
-    with pytest.raises(FloatingPointError, match=r"became nan in epoch \d.*Lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"in update \d+ \(epoch \d\).*Lower learning_rate"
+    ):
         adapter_after(backbone, learning_rate=1e30, head_learning_rate=1e30, num_train_epochs=3)
 
 
@@ -241,3 +243,37 @@ def test_hooks_of_a_clone_act_on_the_clone(split):
         assert block._old_forward.__self__ is block
         assert block.forward.args == (block,)
         assert block not in base
+
+
+@pytest.mark.parametrize("fits", [5, 1])
+def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
+    backbone, monkeypatch, fits
+):
+    settings = {"batch_size": 16, "lora_dropout": 0.3, "num_train_epochs": 2}
+    expected = adapter_after(backbone, **settings)
+    forward = TextClassifierModel.forward
+    sizes = []
+
+    def out_of_memory_above(self, input_ids, attention_mask):
+        sizes.append(len(input_ids))
+        if self.training and len(input_ids) > fits:
+            raise torch.OutOfMemoryError("injected")
+        return forward(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory_above)
+    with pytest.warns(RuntimeWarning, match=r"Out of memory with \d+ texts.*Pass batch_size="):
+        recovered = adapter_after(backbone, **settings)
+    np.testing.assert_allclose(recovered, expected, rtol=1e-4, atol=1e-5)
+    assert sizes[:3] == [16, 8, 4]  # and the first update begins again each time
+
+
+def test_one_text_too_many_is_out_of_memory(backbone, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory)
+    with (
+        pytest.warns(RuntimeWarning, match="Out of memory"),
+        pytest.raises(torch.OutOfMemoryError, match="injected"),
+    ):
+        adapter_after(backbone)
