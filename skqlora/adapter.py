@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,33 @@ class OptimizerState:
 
     def __repr__(self) -> str:
         return f"OptimizerState(optim={self.optim!r}, n_updates={self.n_updates})"
+
+
+@dataclass(frozen=True, repr=False)
+class TrainerState:
+    """Where a training stands between two updates.
+
+    Attributes
+    ----------
+    values : list of ndarray
+        float32: the flat buffers of LoRA and, last, of the head.
+    optimizer : OptimizerState
+    n_epochs : int
+        Epochs that are over.
+    epoch_losses : ndarray of shape (n_updates_of_this_epoch,)
+        float32.
+    order : dict
+        Of `numpy.random.RandomState.get_state`, when the epoch began.
+    scaler : dict
+        Of `torch.amp.GradScaler.state_dict`.
+    """
+
+    values: list[np.ndarray]
+    optimizer: OptimizerState
+    n_epochs: int
+    epoch_losses: np.ndarray
+    order: dict[str, Any]
+    scaler: dict[str, Any]
 
 
 @dataclass(frozen=True)

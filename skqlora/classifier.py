@@ -124,6 +124,12 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         `fit` goes on from the fitted adapter, with a new optimizer and schedule; the classes must
         be the same. `n_iter_` and the curves go on too, and what is held out stays so, given the
         same texts.
+    checkpoint_dir : str or path, default=None
+        Where `fit` writes how far it is, in a folder for each fit, which it removes at its end. The
+        same call, with an int as `random_state`, goes on from there after a kill and comes to the
+        same result; on a CPU bit for bit, at the same number of threads.
+    checkpoint_every : int, default=500
+        Updates between two checkpoints: 3 times the adapter each, and for early stopping 4.
     random_state : int, RandomState instance or None, default=None
         Of the adapter's and head's first values, what is held out, the order of the texts and
         dropout. The global random states are neither used nor changed, but that None draws a seed
@@ -229,6 +235,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         tol=1e-4,
         scoring=None,
         warm_start=False,
+        checkpoint_dir=None,
+        checkpoint_every=500,
         random_state=None,
         verbose=0,
     ):
@@ -266,6 +274,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         self.tol = tol
         self.scoring = scoring
         self.warm_start = warm_start
+        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_every = checkpoint_every
         self.random_state = random_state
         self.verbose = verbose
 

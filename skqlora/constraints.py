@@ -43,6 +43,8 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "tol": [Interval(Real, 0, None, closed="left")],
     "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
     "warm_start": ["boolean"],
+    "checkpoint_dir": [str, os.PathLike, None],
+    "checkpoint_every": [Interval(Integral, 1, None, closed="left")],
     "random_state": ["random_state"],
     "verbose": ["verbose"],
 }

@@ -88,6 +88,21 @@ class EarlyStopping:
         self._scores.append(score)
         return self._epochs_without_change >= self._patience
 
+    def snapshot(self) -> dict[str, Any]:
+        """Copy where it stands."""
+        return {
+            "scores": list(self._scores),
+            "best": self._best,
+            "best_score": self._best_score,
+            "epochs_without_change": self._epochs_without_change,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where it stood."""
+        self._scores, self._best = list(state["scores"]), state["best"]
+        self._best_score = state["best_score"]
+        self._epochs_without_change = state["epochs_without_change"]
+
     def attributes(self) -> dict[str, Any]:
         """Return what early stopping makes of the estimator's fitted attributes."""
         return {

@@ -14,12 +14,14 @@ from sklearn.utils import check_random_state
 
 from skqlora.adapter import AdapterState
 from skqlora.callbacks import FitTasks
+from skqlora.checkpoints import Checkpoint, Checkpoints, check_checkpoint_parameters
 from skqlora.early_stopping import EarlyStopping, hold_out
 from skqlora.inputs import LabelledTexts
 from skqlora.quiet import import_libraries
 from skqlora.weights import apply_class_weight
 
 if TYPE_CHECKING:  # torch and transformers load at first use
+    from skqlora.distributed import Ranks
     from skqlora.finetuning import Finetuning
 
 
@@ -53,6 +55,7 @@ def fit_epochs(
     from skqlora.distributed import Ranks
     from skqlora.finetuning import finetuning
 
+    check_checkpoint_parameters(estimator)
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, goes_on))
         if estimator.early_stopping and held_out is None:
@@ -74,10 +77,16 @@ def fit_epochs(
                 if start is not None:
                     stopping.start_from(score, start)
             attributes: dict[str, Any] = {}  # of the last epoch
-            for _ in range(estimator.num_train_epochs):
+            saving = None
+            if estimator.checkpoint_dir is not None:
+                saving = _Saving(
+                    estimator, (table, held_out, weights, start), run, losses, stopping
+                )
+                saving.resume(ranks)
+            for _ in range(run.trainer.n_epochs, estimator.num_train_epochs):
                 tasks.begin_epoch()
                 try:
-                    losses.append(run.trainer.train_epoch())
+                    losses.append(run.trainer.train_epoch(saving))
                     current = fitted()
                 except FloatingPointError:
                     keep(attributes)
@@ -94,6 +103,8 @@ def fit_epochs(
                     break
         tasks.end(attributes)
         keep(attributes)
+        if saving is not None and ranks.rank == 0:
+            saving.checkpoints.remove()
 
 
 def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
@@ -125,6 +136,56 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
                 "n_samples_seen_": n_before + len(table),
                 "optimizer_state_": run.trainer.state(),
             }
+
+
+class _Saving:
+    """Writes a checkpoint every so many updates, and goes to the last one.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+    data : tuple
+        What is trained on, scored and gone on from.
+    run : Finetuning
+    losses : list of float
+        Of the epochs that are over; of an earlier fit too.
+    stopping : EarlyStopping or None
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        data: tuple[Any, ...],
+        run: "Finetuning",
+        losses: list[float],
+        stopping: EarlyStopping | None,
+    ):
+        import torch
+
+        self._every, self._run = estimator.checkpoint_every, run
+        self._losses, self._stopping = losses, stopping
+        fingerprint = run.trainer.model.backbone.fingerprint
+        identity = (data, list(losses), fingerprint, run.tokenizer_fingerprint, run.max_length)
+        self.checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
+
+    def __call__(self) -> None:
+        trainer = self._run.trainer
+        if trainer.n_updates % self._every == 0:
+            stopping = None if self._stopping is None else self._stopping.snapshot()
+            checkpoint = Checkpoint(trainer.snapshot(), list(self._losses), stopping)
+            if trainer.ranks.rank == 0:
+                self.checkpoints.write(checkpoint)
+
+    def resume(self, ranks: "Ranks") -> None:
+        """Go to where an earlier call of this fit was when it wrote the last one, if it did."""
+        checkpoint = ranks.from_first(
+            self.checkpoints.read(self._run.capture) if ranks.rank == 0 else None
+        )
+        if checkpoint is not None:
+            self._run.trainer.restore(checkpoint.trainer)
+            self._losses[:] = checkpoint.losses
+            if self._stopping is not None:
+                self._stopping.restore(checkpoint.stopping)
 
 
 def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:

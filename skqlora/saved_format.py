@@ -81,7 +81,7 @@ def write_classifier(
     optimizer: OptimizerState | None = fitted["optimizer_state_"]
     (folder / FILES.head).write_bytes(safetensors.numpy.save(dict(adapter.head_tensors)))
     if optimizer is not None:
-        (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(_moments(optimizer)))
+        (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(optimizer_arrays(optimizer)))
     manifest = {
         "format_version": FORMAT_VERSION,
         "skqlora_version": version,
@@ -91,7 +91,7 @@ def write_classifier(
         "n_iter": fitted["n_iter_"],
         "n_samples_seen": fitted["n_samples_seen_"],
         "loss_curve": fitted["loss_curve_"],
-        "validation_scores": _scores_to_json(fitted["validation_scores_"]),
+        "validation_scores": scores_to_json(fitted["validation_scores_"]),
         "best_validation_score": fitted["best_validation_score_"],
         "random_seed": fitted["_random_seed"],
         "footprint": asdict(fitted["footprint_"]),
@@ -104,7 +104,7 @@ def write_classifier(
             "fingerprint": adapter.fingerprint,
             "tokenizer_fingerprint": adapter.tokenizer_fingerprint,
         },
-        "optimizer": None if optimizer is None else _optimizer_to_json(optimizer),
+        "optimizer": None if optimizer is None else optimizer_to_json(optimizer),
         "sha256": {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted(folder.glob("*.safetensors"))
@@ -135,65 +135,63 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = folder / FILES.manifest
     text = path.read_bytes()
-    with _reading(path):
+    with naming_the_file(path):
         manifest = json.loads(text)
-        if _typed(manifest, "format_version", int) > FORMAT_VERSION:
+        if typed(manifest, "format_version", int) > FORMAT_VERSION:
             raise ValueError(
                 f"its format_version is {manifest['format_version']} and this version of skqlora "
                 f"reads up to {FORMAT_VERSION}; upgrade skqlora"
             )
         parameters = {
-            name: _from_json(value) for name, value in _typed(manifest, "parameters", dict).items()
+            name: _from_json(value) for name, value in typed(manifest, "parameters", dict).items()
         }
         fitted = {
-            "classes_": _classes_from_json(_typed(manifest, "classes", dict)),
-            "multilabel_": _typed(manifest, "multilabel", bool),
-            "n_iter_": _typed(manifest, "n_iter", int),
-            "n_samples_seen_": _typed(manifest, "n_samples_seen", int),
-            "loss_curve_": [float(loss) for loss in _typed(manifest, "loss_curve", list)],
-            "validation_scores_": _scores_from_json(manifest["validation_scores"]),
-            "best_validation_score_": _typed(
-                manifest, "best_validation_score", (float, type(None))
-            ),
-            "footprint_": Footprint(**_typed(manifest, "footprint", dict)),
-            "_random_seed": _typed(manifest, "random_seed", int),
+            "classes_": _classes_from_json(typed(manifest, "classes", dict)),
+            "multilabel_": typed(manifest, "multilabel", bool),
+            "n_iter_": typed(manifest, "n_iter", int),
+            "n_samples_seen_": typed(manifest, "n_samples_seen", int),
+            "loss_curve_": [float(loss) for loss in typed(manifest, "loss_curve", list)],
+            "validation_scores_": scores_from_json(manifest["validation_scores"]),
+            "best_validation_score_": typed(manifest, "best_validation_score", (float, type(None))),
+            "footprint_": Footprint(**typed(manifest, "footprint", dict)),
+            "_random_seed": typed(manifest, "random_seed", int),
         }
-        of_adapter = _typed(manifest, "adapter", dict)
-        lora = _lora_from_json(_typed(of_adapter, "lora", dict))
+        of_adapter = typed(manifest, "adapter", dict)
+        lora = _lora_from_json(typed(of_adapter, "lora", dict))
         adapter = partial(
             AdapterState,
             lora=lora,
-            pooling=_typed(of_adapter, "pooling", str),
-            max_length=_typed(of_adapter, "max_length", int),
-            model=_typed(of_adapter, "model", str),
-            revision=_typed(of_adapter, "revision", (str, type(None))),
-            fingerprint=_typed(of_adapter, "fingerprint", str),
-            tokenizer_fingerprint=_typed(of_adapter, "tokenizer_fingerprint", str),
+            pooling=typed(of_adapter, "pooling", str),
+            max_length=typed(of_adapter, "max_length", int),
+            model=typed(of_adapter, "model", str),
+            revision=typed(of_adapter, "revision", (str, type(None))),
+            fingerprint=typed(of_adapter, "fingerprint", str),
+            tokenizer_fingerprint=typed(of_adapter, "tokenizer_fingerprint", str),
         )
-        hashes = _typed(manifest, "sha256", dict)
+        hashes = typed(manifest, "sha256", dict)
         needed = [FILES.adapter, FILES.head]
         if manifest["optimizer"] is not None:
             needed.append(FILES.optimizer)
-    tensors = {name: _read_tensors(folder / name, hashes) for name in needed}
-    with _reading(folder / FILES.adapter):
+    tensors = {name: read_tensors(folder / name, hashes) for name in needed}
+    with naming_the_file(folder / FILES.adapter):
         named = tensors[FILES.adapter]
         lora_tensors = {from_peft_name(name.removeprefix(PREFIX)): named[name] for name in named}
         _check_lora(lora_tensors, lora)
-    with _reading(folder / FILES.head):
+    with naming_the_file(folder / FILES.head):
         head_tensors = tensors[FILES.head]
         _check_head(head_tensors, len(fitted["classes_"]))
     fitted["adapter_"] = adapter(lora_tensors=lora_tensors, head_tensors=head_tensors)
     fitted["optimizer_state_"] = None
     if FILES.optimizer in tensors:
-        with _reading(folder / FILES.optimizer):
-            fitted["optimizer_state_"] = _optimizer_from_json(
+        with naming_the_file(folder / FILES.optimizer):
+            fitted["optimizer_state_"] = optimizer_from_json(
                 manifest["optimizer"], tensors[FILES.optimizer]
             )
     return parameters, fitted
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def naming_the_file(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong with a file's content into a ValueError that names the file."""
     try:
         yield
@@ -205,9 +203,10 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
+def read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
+    """Read a file of safetensors, whose SHA-256 by its name must be among the hashes."""
     data = path.read_bytes()
-    with _reading(path):
+    with naming_the_file(path):
         if hashes.get(path.name) != hashlib.sha256(data).hexdigest():
             raise ValueError(f"its SHA-256 is not the one in {FILES.manifest}")
         return safetensors.numpy.load(data)
@@ -246,7 +245,7 @@ def _check_numbers(name: str, tensor: np.ndarray) -> None:
         raise ValueError(f"{name!r} holds values that are not finite")
 
 
-def _typed(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+def typed(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     """Look a value up; of its exact type, since a bool is an int to isinstance."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(mapping, dict) or key not in mapping or type(mapping[key]) not in kinds:
@@ -289,10 +288,10 @@ def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:
 
 
 def _classes_from_json(classes: dict[str, Any]) -> np.ndarray:
-    dtype = np.dtype(_typed(classes, "dtype", str))
+    dtype = np.dtype(typed(classes, "dtype", str))
     if dtype.kind not in LABEL_KINDS:
         raise ValueError(f"the labels are of {dtype}")
-    values = _typed(classes, "values", list)
+    values = typed(classes, "values", list)
     labels = np.array(values, dtype=np.int64 if dtype.kind == "M" else dtype).astype(dtype)
     if labels.ndim != 1 or len(labels) < 2 or labels.tolist() != np.unique(labels).tolist():
         raise ValueError("the classes are not sorted labels, each once")
@@ -301,12 +300,13 @@ def _classes_from_json(classes: dict[str, Any]) -> np.ndarray:
     return labels
 
 
-def _scores_to_json(scores: list[float] | None) -> list[float | None] | None:
+def scores_to_json(scores: list[float] | None) -> list[float | None] | None:
     """Write nan, which JSON lacks, as null."""
     return None if scores is None else [None if math.isnan(score) else score for score in scores]
 
 
-def _scores_from_json(scores: list[float | None] | None) -> list[float] | None:
+def scores_from_json(scores: list[float | None] | None) -> list[float] | None:
+    """Read null as nan."""
     return None if scores is None else [math.nan if s is None else float(s) for s in scores]
 
 
@@ -320,7 +320,8 @@ def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:
     return replace(settings, target_modules=targets if isinstance(targets, str) else tuple(targets))
 
 
-def _moments(optimizer: OptimizerState) -> dict[str, np.ndarray]:
+def optimizer_arrays(optimizer: OptimizerState) -> dict[str, np.ndarray]:
+    """Name the arrays of an optimizer's state by the number of their tensor."""
     return {
         f"{number}.{name}": value
         for number, state in enumerate(optimizer.states)
@@ -329,7 +330,7 @@ def _moments(optimizer: OptimizerState) -> dict[str, np.ndarray]:
     }
 
 
-def _optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
+def optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
     """Write what is no array of an optimizer's state."""
     scalars = [
         {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
@@ -338,13 +339,14 @@ def _optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
     return {"optim": optimizer.optim, "n_updates": optimizer.n_updates, "scalars": scalars}
 
 
-def _optimizer_from_json(
+def optimizer_from_json(
     optimizer: dict[str, Any], moments: dict[str, np.ndarray]
 ) -> OptimizerState:
+    """Put an optimizer's state together again."""
     states: list[dict[str, Any]] = [dict(scalars) for scalars in optimizer["scalars"]]
     for key, value in moments.items():
         number, _, name = key.partition(".")
         states[int(number)][name] = value
     return OptimizerState(
-        _typed(optimizer, "optim", str), _typed(optimizer, "n_updates", int), states
+        typed(optimizer, "optim", str), typed(optimizer, "n_updates", int), states
     )

@@ -6,10 +6,11 @@ changed in place.
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from skqlora.adapter import OptimizerState
+from skqlora.adapter import OptimizerState, TrainerState
 from skqlora.data import TokenizedTexts, prediction_batches, training_batches
 from skqlora.distributed import Ranks
 from skqlora.flat import FlatParameters
@@ -132,6 +133,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.scaler.scale(self._zero())  # sets up its state, on a rank without rows too
         self.n_epochs = self.n_updates = 0
+        self.losses: list[torch.Tensor] = []  # of the updates of this epoch
+        self.order: dict[str, Any] = {}  # the state of `rng` when it began
         self._resumed = resumed
         self._shown: dict[str, object] = {}
         self._last_rows = np.arange(min(len(tokens), settings.batch_size))
@@ -160,8 +163,13 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def train_epoch(self) -> float:
-        """Pass over all rows once.
+    def train_epoch(self, after_update: Callable[[], None] | None = None) -> float:
+        """Pass over all rows once, or over those that are left of a restored epoch.
+
+        Parameters
+        ----------
+        after_update : callable, optional
+            Called between two updates, when `snapshot` may be.
 
         Returns
         -------
@@ -175,21 +183,63 @@ class Trainer:
             If it is not finite.
         """
         self.model.train()
-        self.n_epochs += 1
-        losses: list[torch.Tensor] = []
-        for rows in training_batches(self.tokens.lengths, self.batch_rows, self.rng):
+        losses, n_done = self.losses, len(self.losses)
+        if n_done:
+            self.rng.set_state(self.order)
+        self.order = self.rng.get_state(legacy=False)
+        batches = training_batches(self.tokens.lengths, self.batch_rows, self.rng)
+        for number, rows in enumerate(batches):
+            if number < n_done:
+                continue
             losses.append(self.step(rows))
             self.bar.update(len(rows))
             if len(losses) % CHECK_EVERY == 0:
-                self._refuse_divergence(losses[-CHECK_EVERY:])
-        self._refuse_divergence(losses[len(losses) // CHECK_EVERY * CHECK_EVERY :])
+                self._refuse_divergence(losses[-CHECK_EVERY:], self.n_epochs + 1)
+            if after_update is not None:
+                after_update()
+        unchecked = losses[len(losses) // CHECK_EVERY * CHECK_EVERY :]
+        self._refuse_divergence(unchecked, self.n_epochs + 1)
         self.model.eval()
+        self.n_epochs += 1
         self._last_rows = rows[: self.settings.batch_size]
         sum_of_losses = torch.stack(losses).sum()
+        losses.clear()
         self.ranks.sum_up(sum_of_losses)
         loss = sum_of_losses.item() / float(self.weights.sum())
         self.show(epoch=self.n_epochs, loss=f"{loss:.3f}")
         return loss
+
+    def snapshot(self) -> TrainerState:
+        """Copy where the training stands, between two updates.
+
+        Raises
+        ------
+        FloatingPointError
+            If the loss of an update was not finite.
+        """
+        self._refuse_divergence(self.losses, self.n_epochs + 1)
+        losses = [loss.cpu().numpy() for loss in self.losses]
+        return TrainerState(
+            values=[s.leaf.detach().cpu().numpy().copy() for s in self.segments],
+            optimizer=self.state(),
+            n_epochs=self.n_epochs,
+            epoch_losses=np.array(losses, dtype=np.float32),
+            order=self.order,
+            scaler=self.scaler.state_dict(),
+        )
+
+    @torch.no_grad()
+    def restore(self, state: TrainerState) -> None:
+        """Go to where a training of the same rows, settings and seed stood."""
+        self.model.clone.deactivate()
+        for segment, values in zip(self.segments, state.values, strict=True):
+            segment.leaf.copy_(torch.from_numpy(values))
+        self._resume(state.optimizer)
+        self.scaler.load_state_dict(state.scaler)
+        self.n_epochs, self.order = state.n_epochs, state.order
+        self.losses[:] = torch.tensor(state.epoch_losses, device=self.device).unbind()
+        done = self.n_epochs * len(self.tokens) + len(self.losses) * self.batch_rows
+        self.bar.update(min(done, self.bar.total or done))
 
     def show(self, **figures: object) -> None:
         """Put figures behind the progress bar, with those that are there."""
@@ -205,7 +255,7 @@ class Trainer:
         FloatingPointError
             If it is not finite: the last update went astray.
         """
-        self._refuse_divergence([self._loss(self._last_rows)])
+        self._refuse_divergence([self._loss(self._last_rows)], self.n_epochs)
 
     def step(self, rows: np.ndarray) -> torch.Tensor:
         """Update the weights once from an effective batch, of which each rank takes its share.
@@ -267,7 +317,7 @@ class Trainer:
             stacklevel=2,
         )
 
-    def _refuse_divergence(self, losses: list[torch.Tensor]) -> None:
+    def _refuse_divergence(self, losses: list[torch.Tensor], epoch: int) -> None:
         """Look whether the losses of the last updates are finite: one wait for the device."""
         if not losses:
             return
@@ -278,7 +328,7 @@ class Trainer:
             update = self.n_updates - len(finite) + finite.index(False) + 1
             raise FloatingPointError(
                 f"The training loss became infinite or no number in update {update} (epoch "
-                f"{self.n_epochs}). Wanted: a finite number. Lower learning_rate or "
+                f"{epoch}). Wanted: a finite number. Lower learning_rate or "
                 "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. What "
                 "the classifier keeps is that of the last epoch before, if there is one."
             )

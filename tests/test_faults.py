@@ -1,8 +1,16 @@
 """What goes wrong in the middle of a fit leaves something whole behind."""
 
+import copy
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
+from sklearn.model_selection import GridSearchCV
 
 from skqlora.training import Trainer
 
@@ -71,3 +79,138 @@ def test_an_interrupted_fit_leaves_the_base_and_an_older_fit_alone(model, corpus
     assert digest_of_base(base) == before
     np.testing.assert_array_equal(clf.predict_proba(corpus[0]), expected)
     assert_equal_adapters(make_classifier(model).fit(*corpus), clf)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from helpers import make_classifier
+from skqlora.training import Trainer
+import tiny
+
+step = Trainer.step
+
+def step_or_die(self, rows):
+    if self.n_updates == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, rows)
+
+Trainer.step = step_or_die
+make_classifier({model!r}, **{params!r}).fit(*tiny.corpus())
+"""
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A folder for checkpoints, and twelve updates of which each fourth writes one."""
+    folder = tmp_path / "checkpoints"
+    return {"checkpoint_dir": str(folder), "checkpoint_every": 4, "batch_size": 12}
+
+
+def fit_interrupted(clf, corpus, at, **held_out):
+    """Fit until an update is about to begin; return the updates that were made."""
+    made = []
+    step = Trainer.step
+
+    def interrupt(self, rows):
+        if self.n_updates == at:
+            raise KeyboardInterrupt
+        made.append(self.n_updates)
+        return step(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupt)
+        if at is None:
+            clf.fit(*corpus, **held_out)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                clf.fit(*corpus, **held_out)
+    return made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optim": "paged_adamw_8bit", "compute_dtype": "bfloat16", "lora_dropout": 0.3},
+        {"optim": "adamw", "early_stopping": True, "scoring": "loss"},
+    ],
+    ids=["plain", "8-bit", "early stopping"],
+)
+@pytest.mark.parametrize("at", [5, 10])
+def test_an_interrupted_fit_goes_on_to_the_same_bits(model, corpus, checkpoints, changes, at):
+    folder = Path(checkpoints["checkpoint_dir"])
+    whole = make_classifier(model, **checkpoints | changes).fit(*corpus)
+    assert list(folder.iterdir()) == []
+    resumed = make_classifier(model, **checkpoints | changes)
+    fit_interrupted(resumed, corpus, at)
+    assert len(list(folder.iterdir())) == 1
+    made = fit_interrupted(resumed, corpus, None)
+    assert made[0] == at // 4 * 4
+    assert list(folder.iterdir()) == []
+    assert_equal_adapters(resumed, whole)
+    assert resumed.loss_curve_ == whole.loss_curve_
+    assert resumed.validation_scores_ == whole.validation_scores_
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(encoder, corpus, checkpoints):
+    params = checkpoints | {"early_stopping": True}
+    code = KILLED.format(tests=str(Path(__file__).parent), model=encoder, params=params)
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = make_classifier(encoder, **params)
+    assert fit_interrupted(resumed, corpus, None)[0] == 8
+    assert_equal_adapters(resumed, make_classifier(encoder, **params).fit(*corpus))
+
+
+def test_a_warm_start_that_was_interrupted_goes_on_too(encoder, corpus, checkpoints):
+    first = make_classifier(encoder, num_train_epochs=1).fit(*corpus)
+    params = checkpoints | {"warm_start": True, "num_train_epochs": 3}
+    whole = copy.copy(first).set_params(**params).fit(*corpus)
+    resumed = copy.copy(first).set_params(**params)
+    fit_interrupted(resumed, corpus, 6)
+    assert fit_interrupted(resumed, corpus, None)[0] == 4
+    assert_equal_adapters(resumed, whole)
+    assert resumed.loss_curve_ == whole.loss_curve_
+
+
+def test_another_fit_does_not_go_on_from_it(encoder, corpus, checkpoints):
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    for params, data in [
+        ({"random_state": 1}, corpus),
+        ({"learning_rate": 1e-3}, corpus),
+        ({}, (corpus[0][::-1], corpus[1][::-1])),
+    ]:
+        other = make_classifier(encoder, **checkpoints | params)
+        assert fit_interrupted(other, data, None)[0] == 0
+    assert fit_interrupted(clf.set_params(verbose=0), corpus, None)[0] == 4
+
+
+def test_checkpoints_in_a_search(encoder, texts, labels, checkpoints):
+    search = GridSearchCV(make_classifier(encoder, **checkpoints), {"lora_r": [2, 4]}, cv=2)
+    plain = GridSearchCV(make_classifier(encoder, batch_size=12), {"lora_r": [2, 4]}, cv=2)
+    assert_equal_adapters(
+        search.fit(texts, labels).best_estimator_, plain.fit(texts, labels).best_estimator_
+    )
+
+
+def test_a_damaged_checkpoint_is_named(encoder, corpus, checkpoints):
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    [folder] = Path(checkpoints["checkpoint_dir"]).iterdir()
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors.*SHA-256"):
+        clf.fit(*corpus)
+
+
+def test_checkpoints_need_a_seed_and_tell_another_number_of_threads(encoder, corpus, checkpoints):
+    with pytest.raises(ValueError, match=r"checkpoint_dir with random_state=None.*an int"):
+        make_classifier(encoder, **checkpoints, random_state=None).fit(*corpus)
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    [folder] = Path(checkpoints["checkpoint_dir"]).iterdir()
+    manifest = folder / "checkpoint.json"
+    manifest.write_text(re.sub(r'"n_threads": \d+', '"n_threads": 99', manifest.read_text()))
+    with pytest.warns(RuntimeWarning, match="computed on 99 threads"):
+        clf.fit(*corpus)
