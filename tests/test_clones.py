@@ -5,7 +5,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from shutil import copytree
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -228,11 +228,13 @@ def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
 
 def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbone, pool):
     state = make_model(backbone).capture(max_length=32)
-    broken = replace(state, lora=replace(LORA, lora_alpha=99), lora_tensors={})
+    other = replace(state, lora=replace(LORA, lora_alpha=99))
     with lease(pool) as clone:
         clone.activate(state)
-        with pytest.raises(KeyError):
-            clone.activate(broken)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clone, "_write", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                clone.activate(other)
         clone.activate(state)
         assert {layer.scaling["default"] for layer in clone.layers} == {1}
 
