@@ -104,7 +104,7 @@ class TrainerState:
     n_epochs : int
         Epochs that are over.
     epoch_losses : ndarray of shape (n_updates_of_this_epoch,)
-        float32.
+        float32, of all ranks.
     order : dict
         Of `numpy.random.RandomState.get_state`, when the epoch began.
     scaler : dict

@@ -54,6 +54,9 @@ def written_folder(
             _flush(file)
         _move(folder, target, replaceable)
         _flush(target.parent)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk does not say where
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
 

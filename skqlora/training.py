@@ -218,12 +218,13 @@ class Trainer:
             If the loss of an update was not finite.
         """
         self._refuse_divergence(self.losses, self.n_epochs + 1)
-        losses = [loss.cpu().numpy() for loss in self.losses]
+        losses = torch.stack(self.losses)
+        self.ranks.sum_up(losses)
         return TrainerState(
             values=[s.leaf.detach().cpu().numpy().copy() for s in self.segments],
             optimizer=self.state(),
             n_epochs=self.n_epochs,
-            epoch_losses=np.array(losses, dtype=np.float32),
+            epoch_losses=losses.cpu().numpy(),
             order=self.order,
             scaler=self.scaler.state_dict(),
         )
@@ -237,7 +238,10 @@ class Trainer:
         self._resume(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
         self.n_epochs, self.order = state.n_epochs, state.order
-        self.losses[:] = torch.tensor(state.epoch_losses, device=self.device).unbind()
+        losses = torch.tensor(state.epoch_losses, device=self.device)
+        if self.ranks.rank > 0:  # the first one has the losses of all
+            losses.zero_()
+        self.losses[:] = losses.unbind()
         done = self.n_epochs * len(self.tokens) + len(self.losses) * self.batch_rows
         self.bar.update(min(done, self.bar.total or done))
 

@@ -11,6 +11,7 @@ from helpers import make_classifier
 from torch import distributed
 
 from skqlora.distributed import Ranks
+from skqlora.training import Trainer
 
 CASES = {
     "dropout": {"lora_dropout": 0.3},
@@ -50,9 +51,27 @@ def main(model, folder):
             make_classifier(model, **change).fit(**data)
         except ValueError as error:
             fitted[name] = str(error)
+    fitted["checkpoints"] = fit_after_an_interrupt(model, folder, texts, labels)
     fitted["two at once"] = fit_beside_a_fit(model, texts, labels)
     joblib.dump(fitted, Path(folder) / f"{rank}.joblib")
     distributed.destroy_process_group()
+
+
+def fit_after_an_interrupt(model, folder, texts, labels):
+    """Fit from a checkpoint that an interrupted fit left."""
+    step, clf = Trainer.step, make_classifier(model, checkpoint_dir=folder, checkpoint_every=2)
+
+    def interrupt(trainer, rows):
+        if trainer.n_updates == 5:
+            raise KeyboardInterrupt
+        return step(trainer, rows)
+
+    Trainer.step = interrupt
+    try:
+        clf.fit(texts, labels)
+    except KeyboardInterrupt:
+        Trainer.step = step
+    return clf.fit(texts, labels)
 
 
 def fit_beside_a_fit(model, texts, labels):

@@ -29,7 +29,7 @@ def fitted(request, tiny_model, tmp_path_factory):
     return model, [joblib.load(folder / f"{rank}.joblib") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", [*ranks.CASES, "steps without a row"])
+@pytest.mark.parametrize("case", [*ranks.CASES, "steps without a row", "checkpoints"])
 def test_ranks_end_with_the_same_bits(fitted, case):
     _, (first, second) = fitted
     assert_equal_adapters(first[case], second[case])
@@ -37,12 +37,14 @@ def test_ranks_end_with_the_same_bits(fitted, case):
     assert first[case].validation_scores_ == second[case].validation_scores_
 
 
-@pytest.mark.parametrize("case", ["dropout", "micro-batches and weights", "steps without a row"])
+@pytest.mark.parametrize(
+    "case", ["dropout", "micro-batches and weights", "steps without a row", "checkpoints"]
+)
 def test_ranks_end_where_one_process_does(fitted, case):
     model, (ours, _) = fitted
     n_rows = 5 if case == "steps without a row" else ranks.N_ROWS
     texts, labels = (values[:n_rows] for values in tiny.corpus(ranks.N_ROWS))
-    params = ranks.CASES.get(case, {"batch_size": 1})
+    params = ranks.CASES.get(case, {"batch_size": 1} if case == "steps without a row" else {})
     alone = make_classifier(model, **params).fit(texts, labels)
     assert ours[case].loss_curve_ == pytest.approx(alone.loss_curve_, abs=1e-5)
     for kind in ("lora_tensors", "head_tensors"):
