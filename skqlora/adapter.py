@@ -80,12 +80,15 @@ class OptimizerState:
         Of which kind it is.
     n_updates : int
         Updates so far.
+    schedule_step : int
+        Where the schedule of the rates is: behind, if float16 overflowed in an update.
     states : list of dict of str to ndarray or float
         Moments, for each tensor that it updates.
     """
 
     optim: str
     n_updates: int
+    schedule_step: int
     states: list[dict[str, np.ndarray | float]]
 
     def __repr__(self) -> str:

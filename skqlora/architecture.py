@@ -137,9 +137,8 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
         ) from error
 
 
-@functools.lru_cache(maxsize=32)  # all folds of a search are to meet the same commit
 def pin_revision(model: str, revision: str | None) -> str | None:
-    """Resolve a branch or tag of the Hub to the commit that it stands for now.
+    """Resolve a branch or tag of the Hub to the commit that it stands for, once a process.
 
     Parameters
     ----------
@@ -153,9 +152,14 @@ def pin_revision(model: str, revision: str | None) -> str | None:
         Unchanged where the Hub does not tell: what is wrong then shows when the model is read.
     """
     try:
-        file = cached_file(model, "config.json", revision=revision)
+        return _commit_of(model, revision)
     except (OSError, ValueError):
         return revision
+
+
+@functools.lru_cache(maxsize=32)  # all folds of a search are to meet the same commit
+def _commit_of(model: str, revision: str | None) -> str | None:
+    file = cached_file(model, "config.json", revision=revision)
     return extract_commit_hash(file, None) or revision
 
 

@@ -4,12 +4,12 @@ Knows nothing of how a model is trained.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -33,6 +33,7 @@ from skqlora.saved_format import (
 )
 
 MANIFEST, TENSORS = "checkpoint.json", "checkpoint.safetensors"
+PACKAGES = ("skqlora", "torch", "bitsandbytes", "numpy")  # another version may compute otherwise
 # What changes nothing of what is trained.
 IRRELEVANT = {"verbose", "checkpoint_dir", "checkpoint_every"}
 
@@ -46,22 +47,56 @@ class Checkpoint:
     trainer : TrainerState
     losses : list of float
         Of the epochs that are over.
+    kept : dict of str to ndarray, or None
+        Tensors of the adapter that the fit would keep if it ended now, by `adapter_tensors`.
     stopping : dict or None
         Of `EarlyStopping.snapshot`.
     """
 
     trainer: TrainerState
     losses: list[float]
+    kept: dict[str, np.ndarray] | None
     stopping: dict[str, Any] | None
 
 
+def adapter_tensors(adapter: AdapterState) -> dict[str, np.ndarray]:
+    """Name all tensors of an adapter."""
+    named = {f"lora.{name}": tensor for name, tensor in adapter.lora_tensors.items()}
+    return named | {f"head.{name}": tensor for name, tensor in adapter.head_tensors.items()}
+
+
+def with_tensors(adapter: AdapterState, tensors: dict[str, np.ndarray]) -> AdapterState:
+    """Put tensors so named in place of an adapter's own."""
+    return replace(
+        adapter,
+        lora_tensors=_under("lora.", tensors),
+        head_tensors=_under("head.", tensors),
+    )
+
+
 def check_checkpoint_parameters(estimator: Any) -> None:
-    """Refuse a fit that could not be known again, by ValueError."""
-    if estimator.checkpoint_dir is not None and not isinstance(estimator.random_state, Integral):
+    """Refuse what could not be known again or not be written, before a model is loaded.
+
+    Raises
+    ------
+    ValueError
+        If the seed or the scorer would not be the same at the next call.
+    OSError
+        If the folder cannot be made.
+    """
+    if estimator.checkpoint_dir is None:
+        return
+    if not isinstance(estimator.random_state, Integral):
         raise ValueError(
             f"Got checkpoint_dir with random_state={estimator.random_state!r}. Wanted: an int, so "
             "that the same call of fit is known again and goes on to the same result."
         )
+    if callable(estimator.scoring):
+        raise ValueError(
+            f"Got checkpoint_dir with scoring={estimator.scoring!r}. Wanted: the name of a scorer, "
+            "since nobody can tell whether a function is the same at the next call."
+        )
+    os.makedirs(estimator.checkpoint_dir, exist_ok=True)
 
 
 class Checkpoints:
@@ -81,20 +116,14 @@ class Checkpoints:
 
     def __init__(self, estimator: Any, identity: Any, n_threads: int):
         params = estimator.get_params(deep=False)
-        scoring = params.pop("scoring")
-        named = getattr(scoring, "__qualname__", repr(scoring))  # a function has no stable repr
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
-        self._key = joblib.hash((sorted(relevant.items()), named, identity))
+        versions = [importlib.metadata.version(name) for name in PACKAGES]
+        self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
         self._n_threads = n_threads
 
-    def read(self, template: Callable[[], AdapterState]) -> Checkpoint | None:
+    def read(self) -> Checkpoint | None:
         """Read the checkpoint, if there is one.
-
-        Parameters
-        ----------
-        template : callable
-            Returns an adapter of this fit, for what all its adapters share.
 
         Raises
         ------
@@ -105,20 +134,20 @@ class Checkpoints:
         if not path.exists():
             return None
         text = path.read_bytes()
-        with naming_the_file(path):
+        with naming_the_file(path, f"a checkpoint; delete {str(self._folder)!r} to begin anew"):
             manifest = json.loads(text)
-            if typed(manifest, "n_threads", int) != self._n_threads:
-                warnings.warn(
-                    f"The checkpoint in {str(self._folder)!r} was computed on "
-                    f"{manifest['n_threads']} threads, and torch has {self._n_threads} now: the "
-                    "result will be the same up to rounding, not bit for bit.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            n_threads = typed(manifest, "n_threads", int)
             tensors = read_tensors(self._folder / TENSORS, typed(manifest, "sha256", dict))
             order = typed(manifest, "order", dict)
             order["state"]["key"] = tensors.pop("order")
-            return Checkpoint(
+            stopping = manifest["stopping"]
+            if stopping is not None:
+                best_score = stopping["best_score"]
+                stopping |= {
+                    "best_score": -math.inf if best_score is None else best_score,
+                    "scores": scores_from_json(stopping["scores"]),
+                }
+            checkpoint = Checkpoint(
                 trainer=TrainerState(
                     values=[tensors[f"values.{i}"] for i in range(manifest["n_buffers"])],
                     optimizer=optimizer_from_json(
@@ -130,30 +159,37 @@ class Checkpoints:
                     scaler=typed(manifest, "scaler", dict),
                 ),
                 losses=typed(manifest, "losses", list),
-                stopping=_stopping_from_json(manifest["stopping"], tensors, template),
+                kept=_under("kept.", tensors) or None,
+                stopping=stopping,
             )
+        if n_threads != self._n_threads:
+            warnings.warn(
+                f"The checkpoint in {str(self._folder)!r} was computed on {n_threads} threads, and "
+                f"torch has {self._n_threads} now: the result will be the same up to rounding, not "
+                "bit for bit.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint in the place of the one before."""
-        trainer = checkpoint.trainer
-        order = dict(trainer.order)
-        state = dict(order["state"])
+        """Put a checkpoint in the place of the one before; where that fails, warn and keep that."""
+        trainer, stopping = checkpoint.trainer, checkpoint.stopping
+        state = dict(trainer.order["state"])
+        kept = checkpoint.kept or {}
         tensors = {
             "order": state.pop("key"),
             "epoch_losses": trainer.epoch_losses,
             **{f"values.{i}": values for i, values in enumerate(trainer.values)},
             **{f"optimizer.{k}": v for k, v in optimizer_arrays(trainer.optimizer).items()},
+            **{f"kept.{k}": v for k, v in kept.items()},
         }
-        stopping = None
-        if checkpoint.stopping is not None:
-            stopping = dict(checkpoint.stopping)
-            best = stopping.pop("best")
-            stopping["scores"] = scores_to_json(stopping["scores"])
-            if best is None:
-                stopping["best_score"] = None  # minus infinity, which JSON lacks
-            else:
-                tensors |= {f"best.lora.{k}": v for k, v in best.lora_tensors.items()}
-                tensors |= {f"best.head.{k}": v for k, v in best.head_tensors.items()}
+        if stopping is not None:
+            best_score = stopping["best_score"]
+            stopping = stopping | {
+                "best_score": best_score if math.isfinite(best_score) else None,
+                "scores": scores_to_json(stopping["scores"]),
+            }
         data = safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in tensors.items()})
         manifest = {
             "n_threads": self._n_threads,
@@ -161,38 +197,28 @@ class Checkpoints:
             "n_epochs": trainer.n_epochs,
             "losses": checkpoint.losses,
             "optimizer": optimizer_to_json(trainer.optimizer),
-            "order": order | {"state": state},
+            "order": trainer.order | {"state": state},
             "scaler": trainer.scaler,
             "stopping": stopping,
             "sha256": {TENSORS: hashlib.sha256(data).hexdigest()},
         }
-        with written_folder(self._folder, (MANIFEST, TENSORS)) as folder:
-            (folder / TENSORS).write_bytes(data)
-            text = json.dumps(manifest, allow_nan=False)
-            (folder / MANIFEST).write_text(text, encoding="utf-8")
+        text = json.dumps(manifest, allow_nan=False)
+        try:
+            with written_folder(self._folder, (MANIFEST, TENSORS)) as folder:
+                (folder / TENSORS).write_bytes(data)
+                (folder / MANIFEST).write_text(text, encoding="utf-8")
+        except OSError as error:
+            warnings.warn(
+                f"A checkpoint could not be written: {error}. The training goes on; what was "
+                "written before stays.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def remove(self) -> None:
-        """Take the checkpoint away, once the fit is over."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _stopping_from_json(
-    stopping: dict[str, Any] | None,
-    tensors: dict[str, np.ndarray],
-    template: Callable[[], AdapterState],
-) -> dict[str, Any] | None:
-    if stopping is None:
-        return None
-    best = None
-    if stopping["best_score"] is None:
-        stopping["best_score"] = -math.inf
-    else:
-        best = replace(
-            template(),
-            lora_tensors=_under("best.lora.", tensors),
-            head_tensors=_under("best.head.", tensors),
-        )
-    return stopping | {"best": best, "scores": scores_from_json(stopping["scores"])}
+        """Take the checkpoint away, once the fit is over, and what a kill while writing left."""
+        for folder in (self._folder, *self._folder.parent.glob(f".{self._folder.name}.*.tmp")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

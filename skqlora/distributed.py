@@ -84,6 +84,22 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def call_on_first(self, function: Callable[[], Any]) -> Any:
+        """Call a function on the first rank; return its value, or raise its error, on every rank.
+
+        An error on one rank alone would leave the others waiting.
+        """
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.rank == 0:
+            try:
+                outcome = function(), None
+            except Exception as error:
+                outcome = None, error
+        value, error = self.from_first(outcome)
+        if error is not None:
+            raise error
+        return value
+
     def refuse_differences(self, inputs: Callable[[], object]) -> None:
         """Refuse to train on ranks that were not given the same.
 

@@ -25,6 +25,11 @@ class EarlyStopping:
     held_out : LabelledTexts
     earlier : list of float
         Scores of the epochs of earlier fits, which this one goes on from.
+
+    Attributes
+    ----------
+    best : AdapterState or None
+        That with the best score so far.
     """
 
     def __init__(self, estimator: Any, held_out: LabelledTexts, earlier: list[float]):
@@ -34,7 +39,7 @@ class EarlyStopping:
         self._held_out = held_out
         self._epochs_without_change = 0
         self._scores = list(earlier)
-        self._best: AdapterState | None = None
+        self.best: AdapterState | None = None
         self._best_score = -math.inf
 
     def score(self, fitted: Any) -> float:
@@ -73,7 +78,7 @@ class EarlyStopping:
 
     def start_from(self, score: float, adapter: AdapterState) -> None:
         """Keep an adapter from before the first epoch until there is a better one."""
-        self._best, self._best_score = adapter, score
+        self.best, self._best_score = adapter, score
 
     def update(self, score: float, adapter: AdapterState) -> bool:
         """Note an epoch's score; return whether to stop.
@@ -84,29 +89,28 @@ class EarlyStopping:
         changed = score > self._best_score + self._tol
         self._epochs_without_change = 0 if changed else self._epochs_without_change + 1
         if score >= self._best_score:  # of equal ones the last, which was trained longer
-            self._best, self._best_score = adapter, score
+            self.best, self._best_score = adapter, score
         self._scores.append(score)
         return self._epochs_without_change >= self._patience
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy where it stands."""
+        """Copy where it stands, but for the best adapter."""
         return {
             "scores": list(self._scores),
-            "best": self._best,
             "best_score": self._best_score,
             "epochs_without_change": self._epochs_without_change,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], best: AdapterState | None) -> None:
         """Go to where it stood."""
-        self._scores, self._best = list(state["scores"]), state["best"]
-        self._best_score = state["best_score"]
+        self.best, self._best_score = best, state["best_score"]
+        self._scores = list(state["scores"])
         self._epochs_without_change = state["epochs_without_change"]
 
     def attributes(self) -> dict[str, Any]:
         """Return what early stopping makes of the estimator's fitted attributes."""
         return {
-            "adapter_": self._best,
+            "adapter_": self.best,
             "validation_scores_": list(self._scores),
             "best_validation_score_": self._best_score,
         }

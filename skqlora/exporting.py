@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+import safetensors.torch
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from skqlora.adapter import AdapterState, LoraSettings
 from skqlora.architecture import check_architecture, read_config
+from skqlora.backbone import Backbone
 from skqlora.cache import get_backbone
 from skqlora.clones import has_conv1d
-from skqlora.finetuning import backbone_spec, choose_max_length
+from skqlora.finetuning import backbone_spec, choose_max_length, refuse_other_tokenizer
 from skqlora.merging import HEADS, classification_config, merge, stock_model
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.peft_format import (
@@ -30,36 +31,52 @@ from skqlora.peft_format import (
     from_peft_name,
     write_adapter,
 )
+from skqlora.saved_format import check_head, check_lora, naming_the_file, typed
 from skqlora.tokenization import load_tokenizer
 
-# What PEFT can do to a base that an adapter here cannot.
-UNSUPPORTED = (
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
+# Entries of an adapter's configuration that are read here, or decide nothing about its result.
+UNDERSTOOD = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+    "init_lora_weights",
+    "megatron_core",
+    "qalora_group_size",
+}
+REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "r": int,
+    "lora_alpha": (int, float),
+    "target_modules": (list, str),
+    "base_model_name_or_path": str,
+}
+HARMLESS_STARTS = (True, False, None, "gaussian")  # others change the base: PiSSA, OLoRA ...
+AS_PEFT_WROTE = "files as `PeftModel.save_pretrained` wrote them. Copy or save them again"
 
 
 def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make a dense float32 model and its tokenizer; see `QLoRAClassifier.to_transformers`."""
-    spec = backbone_spec(estimator, estimator.adapter_)
-    backbone = get_backbone(spec, verbose=bool(estimator.verbose))
-    refuse_other_base(backbone, estimator.adapter_)
+    backbone = _checked_base(estimator)
+    spec = backbone.spec
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=False
     )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = estimator.adapter_.max_length
     config = classification_config(
@@ -69,6 +86,30 @@ def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
         pad_id=tokenizer.pad_token_id,
     )
     return merge(backbone, estimator.adapter_, config), tokenizer
+
+
+def _checked_base(estimator: Any) -> Backbone:
+    """Load the base; refuse it or its tokenizer if the adapter was not trained with them."""
+    spec = backbone_spec(estimator, estimator.adapter_)
+    backbone = get_backbone(spec, verbose=bool(estimator.verbose))
+    refuse_other_base(backbone, estimator.adapter_)
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    refuse_other_tokenizer(spec, tokenizer, estimator.adapter_)
+    return backbone
+
+
+def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
+    """Choose a padding token that no text ends in: Transformers pools the last other one."""
+    used = set(tokenizer("a")["input_ids"])
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token):
+        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        if isinstance(number, int) and number < vocab_size and number not in used:
+            return token
+    raise ValueError(
+        "The tokenizer has no token to pad with that does not end its texts too, and Transformers "
+        "would pool another one. Wanted: a tokenizer with a padding token of its own. `save` "
+        "writes any classifier."
+    )
 
 
 def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
@@ -81,7 +122,8 @@ def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
 def write_peft(estimator: Any, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
     adapter: AdapterState = estimator.adapter_
-    model, revision = os.fspath(estimator.model), adapter.revision or estimator.revision
+    spec = _checked_base(estimator).spec
+    model, revision = os.fspath(estimator.model), spec.revision
     stock, base, head_name = _stock_skeleton(model, revision, adapter.pooling)
     write_adapter(
         folder,
@@ -164,10 +206,16 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
     ValueError
         If there is none, or of another kind: the message names it.
     """
-    config = json.loads(_file_of(path, CONFIG_FILE).read_text(encoding="utf-8"))
+    file = _file_of(path, CONFIG_FILE)
+    with naming_the_file(file, AS_PEFT_WROTE):
+        config = json.loads(file.read_bytes())
+        for key, kinds in REQUIRED.items():
+            typed(config, key, kinds)
     wanted = {"peft_type": "LORA", "task_type": "SEQ_CLS", "bias": "none"}
     other = {name: config.get(name) for name in wanted if config.get(name) != wanted[name]}
-    other |= {name: config[name] for name in UNSUPPORTED if config.get(name)}
+    other |= {name: value for name, value in config.items() if value and name not in UNDERSTOOD}
+    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
+        other["init_lora_weights"] = config["init_lora_weights"]
     if not set(config.get("modules_to_save") or []) <= set(HEADS.values()):
         other["modules_to_save"] = config["modules_to_save"]
     if other:
@@ -205,8 +253,10 @@ def read_peft_weights(
         If there is a tensor that is neither of LoRA nor of a linear head, or they do not fit the
         base.
     """
-    named = safetensors.numpy.load_file(_file_of(path, WEIGHTS_FILE))
-    named = {name: tensor.astype(np.float32) for name, tensor in named.items()}
+    file = _file_of(path, WEIGHTS_FILE)
+    with naming_the_file(file, AS_PEFT_WROTE):
+        tensors = safetensors.torch.load(file.read_bytes())
+        named = {name: tensor.float().numpy() for name, tensor in tensors.items()}
     head_name = next((h for h in HEADS.values() if f"{PREFIX}{h}.weight" in named), None)
     if head_name is None:
         raise ValueError(
@@ -233,15 +283,19 @@ def read_peft_weights(
     )
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     backbone = get_backbone(spec, verbose=bool(estimator.verbose))
+    lora = LoraSettings(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        target_modules=tuple(adapted_modules(lora_tensors)),
+        use_rslora=config.get("use_rslora", False),
+        use_dora=config.get("use_dora", False),
+        init_lora_weights=True,
+    )
+    with naming_the_file(file, AS_PEFT_WROTE):
+        check_lora(lora_tensors, lora)
+        check_head(head_tensors, len(head_tensors["weight"]))
     state = AdapterState(
-        lora=LoraSettings(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            target_modules=tuple(adapted_modules(lora_tensors)),
-            use_rslora=config.get("use_rslora", False),
-            use_dora=config.get("use_dora", False),
-            init_lora_weights=True,
-        ),
+        lora=lora,
         pooling=pooling,
         max_length=choose_max_length(estimator, architecture.max_positions, tokenizer.max_length),
         model=spec.model,

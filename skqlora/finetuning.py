@@ -23,7 +23,7 @@ from skqlora.inputs import LabelledTexts
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
-from skqlora.tokenization import load_tokenizer
+from skqlora.tokenization import CachingTokenizer, load_tokenizer
 from skqlora.training import Trainer, TrainingSettings, predict_logits, scaled_learning_rate
 
 AUTO_MAX_LENGTH = 512  # tokens
@@ -57,6 +57,10 @@ class Finetuning:
             If the last update made the loss infinite or no number.
         """
         self.trainer.refuse_divergence()
+        return self.template()
+
+    def template(self) -> AdapterState:
+        """Copy the adapter, whatever its values are."""
         return self.trainer.model.capture(self.max_length, self.tokenizer_fingerprint)
 
 
@@ -92,7 +96,7 @@ def finetuning(
     run : Finetuning
     """
     refuse_fork_of_threads()
-    spec, lora = backbone_spec(params), lora_settings(params)
+    spec, lora = backbone_spec(params, start), lora_settings(params)
     with muted(progress_bars=bool(params.verbose)):
         architecture = check_architecture(
             spec.model,
@@ -164,15 +168,22 @@ def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.n
     backbone = get_backbone(spec, verbose=bool(params.verbose))
     refuse_other_base(backbone, adapter)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    refuse_other_tokenizer(spec, tokenizer, adapter)
+    tokens = tokenizer.tokenize(texts, adapter.max_length, backbone.vocab_size)
+    with TextClassifierModel.restored(backbone, adapter) as model:
+        return predict_logits(model, tokens)
+
+
+def refuse_other_tokenizer(
+    spec: BackboneSpec, tokenizer: CachingTokenizer, adapter: AdapterState
+) -> None:
+    """Refuse a tokenizer that an adapter was not trained with, by ValueError."""
     if tokenizer.fingerprint != adapter.tokenizer_fingerprint:
         raise ValueError(
             f"The tokenizer of model={spec.model!r} (fingerprint {tokenizer.fingerprint[:12]}) is "
             f"not the one that was fitted with (fingerprint {adapter.tokenizer_fingerprint[:12]}). "
             "Put the tokenizer's files back beside the base, or call `fit` with warm_start=False."
         )
-    tokens = tokenizer.tokenize(texts, adapter.max_length, backbone.vocab_size)
-    with TextClassifierModel.restored(backbone, adapter) as model:
-        return predict_logits(model, tokens)
 
 
 def backbone_spec(params: Any, adapter: AdapterState | None = None) -> BackboneSpec:

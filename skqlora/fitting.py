@@ -14,7 +14,13 @@ from sklearn.utils import check_random_state
 
 from skqlora.adapter import AdapterState
 from skqlora.callbacks import FitTasks
-from skqlora.checkpoints import Checkpoint, Checkpoints, check_checkpoint_parameters
+from skqlora.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    adapter_tensors,
+    check_checkpoint_parameters,
+    with_tensors,
+)
 from skqlora.early_stopping import EarlyStopping, hold_out
 from skqlora.inputs import LabelledTexts
 from skqlora.quiet import import_libraries
@@ -76,13 +82,9 @@ def fit_epochs(
                 score = ranks.from_first(stopping.score(as_fitted(estimator, fitted())))
                 if start is not None:
                     stopping.start_from(score, start)
-            attributes: dict[str, Any] = {}  # of the last epoch
-            saving = None
-            if estimator.checkpoint_dir is not None:
-                saving = _Saving(
-                    estimator, (table, held_out, weights, start), run, losses, stopping
-                )
-                saving.resume(ranks)
+            data = table, held_out, weights, start
+            saving = _Saving(estimator, data, run, losses, stopping, ranks)
+            attributes = saving.resume(fitted)  # of the last epoch
             for _ in range(run.trainer.n_epochs, estimator.num_train_epochs):
                 tasks.begin_epoch()
                 try:
@@ -98,13 +100,13 @@ def fit_epochs(
                     stop = stopping.update(score, current["adapter_"])
                     current |= stopping.attributes()
                 attributes = current
+                saving.kept = attributes["adapter_"]
                 stop |= tasks.end_epoch(attributes)
                 if ranks.from_first(stop):
                     break
         tasks.end(attributes)
         keep(attributes)
-        if saving is not None and ranks.rank == 0:
-            saving.checkpoints.remove()
+        saving.remove()
 
 
 def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
 
 
 class _Saving:
-    """Writes a checkpoint every so many updates, and goes to the last one.
+    """Writes a checkpoint every so many updates, and goes to the last one; if that is asked for.
 
     Parameters
     ----------
@@ -159,33 +161,65 @@ class _Saving:
         run: "Finetuning",
         losses: list[float],
         stopping: EarlyStopping | None,
+        ranks: "Ranks",
     ):
         import torch
 
-        self._every, self._run = estimator.checkpoint_every, run
+        self._every, self._run, self._ranks = estimator.checkpoint_every, run, ranks
+        self.kept: AdapterState | None = None
         self._losses, self._stopping = losses, stopping
-        fingerprint = run.trainer.model.backbone.fingerprint
-        identity = (data, list(losses), fingerprint, run.tokenizer_fingerprint, run.max_length)
-        self.checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
+        self._checkpoints = None
+        if estimator.checkpoint_dir is not None:
+            bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
+            identity = data, list(losses), bases, run.max_length, ranks.size
+            self._checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
 
     def __call__(self) -> None:
-        trainer = self._run.trainer
-        if trainer.n_updates % self._every == 0:
-            stopping = None if self._stopping is None else self._stopping.snapshot()
-            checkpoint = Checkpoint(trainer.snapshot(), list(self._losses), stopping)
-            if trainer.ranks.rank == 0:
-                self.checkpoints.write(checkpoint)
-
-    def resume(self, ranks: "Ranks") -> None:
-        """Go to where an earlier call of this fit was when it wrote the last one, if it did."""
-        checkpoint = ranks.from_first(
-            self.checkpoints.read(self._run.capture) if ranks.rank == 0 else None
+        trainer, checkpoints = self._run.trainer, self._checkpoints
+        if checkpoints is None or trainer.n_updates % self._every:
+            return
+        checkpoint = Checkpoint(
+            trainer=trainer.snapshot(),
+            losses=list(self._losses),
+            kept=None if self.kept is None else adapter_tensors(self.kept),
+            stopping=None if self._stopping is None else self._stopping.snapshot(),
         )
-        if checkpoint is not None:
-            self._run.trainer.restore(checkpoint.trainer)
-            self._losses[:] = checkpoint.losses
-            if self._stopping is not None:
-                self._stopping.restore(checkpoint.stopping)
+        self._ranks.call_on_first(lambda: checkpoints.write(checkpoint))
+
+    def resume(self, fitted: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """Go to where an earlier call of this fit was when it wrote the last one, if it did.
+
+        Parameters
+        ----------
+        fitted : callable
+            Returns what makes an adapter a fitted estimator.
+
+        Returns
+        -------
+        attributes : dict
+            What makes the estimator a fitted one after the last epoch; empty before the first.
+        """
+        if self._checkpoints is None:
+            return {}
+        checkpoint = self._ranks.call_on_first(self._checkpoints.read)
+        if checkpoint is None:
+            return {}
+        self._run.trainer.restore(checkpoint.trainer)
+        self._losses[:] = checkpoint.losses
+        if checkpoint.kept is not None:
+            self.kept = with_tensors(self._run.template(), checkpoint.kept)
+        if self._stopping is not None:
+            # Before the first epoch the best is what the fit went on from.
+            self._stopping.restore(checkpoint.stopping, self.kept or self._stopping.best)
+        if self.kept is None:
+            return {}
+        attributes = fitted(adapter=self.kept)
+        return attributes if self._stopping is None else attributes | self._stopping.attributes()
+
+    def remove(self) -> None:
+        """Take the checkpoint away: the fit is over."""
+        if self._checkpoints is not None and self._ranks.rank == 0:
+            self._checkpoints.remove()
 
 
 def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
@@ -196,10 +230,15 @@ def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
 
 
 def _attributes(
-    table: LabelledTexts, run: "Finetuning", losses: list[float], seed: int
+    table: LabelledTexts,
+    run: "Finetuning",
+    losses: list[float],
+    seed: int,
+    adapter: AdapterState | None = None,
 ) -> dict[str, Any]:
-    """Collect what makes the estimator a fitted one, if its fit ended now."""
-    adapter: AdapterState = run.capture()
+    """Collect what makes the estimator a fitted one, if its fit ended now or with an adapter."""
+    if adapter is None:
+        adapter = run.capture()
     return {
         "classes_": table.classes,
         "multilabel_": table.multilabel,

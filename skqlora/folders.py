@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,20 +18,22 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
 
 @contextmanager
 def written_folder(
-    path: str | os.PathLike, replaceable: Collection[str] | None = None
+    path: str | os.PathLike, replaceable: Sequence[str] | None = None
 ) -> Iterator[Path]:
     """Give a new folder to write to, which is moved to `path` at the end.
 
     A kill at any moment leaves at `path` what was there before or what was written, and perhaps a
     hidden folder ``.NAME.*.tmp`` beside it. Where the system cannot exchange two folders (outside
-    Linux, on some network disks) that holds but for the moment between two renames.
+    Linux, on some network disks) that holds but for the moment between two renames, when the old
+    folder is at ``.NAME.*.old.tmp``.
 
     Parameters
     ----------
     path : str or path
         Missing folders above it are made.
-    replaceable : collection of str, optional
-        Names of files that a folder at `path` may hold and lose. None: there must be none.
+    replaceable : sequence of str, optional
+        Names of files that a folder at `path` may hold and lose; the first it must hold, as the
+        sign of whose it is. None: it must be empty.
 
     Yields
     ------
@@ -61,7 +63,7 @@ def written_folder(
         shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
 
 
-def _move(folder: Path, target: Path, replaceable: Collection[str] | None) -> None:
+def _move(folder: Path, target: Path, replaceable: Sequence[str] | None) -> None:
     try:
         os.rename(folder, target)  # onto nothing, or onto an empty folder
     except OSError as error:
@@ -81,11 +83,15 @@ def _exchange(folder: Path, target: Path) -> None:
             return
     aside = folder.with_suffix(".old.tmp")
     os.rename(target, aside)
-    os.rename(folder, target)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
     os.rename(aside, folder)
 
 
-def _refuse_what_is_there(target: Path, replaceable: Collection[str] | None) -> None:
+def _refuse_what_is_there(target: Path, replaceable: Sequence[str] | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():
@@ -93,18 +99,22 @@ def _refuse_what_is_there(target: Path, replaceable: Collection[str] | None) -> 
             f"Got path={str(target)!r}, which is a file. Wanted: a folder, or a path where nothing "
             "is yet."
         )
-    names = sorted(entry.name for entry in target.iterdir())
-    if names and replaceable is None:
+    entries = sorted(target.iterdir())
+    if not entries:
+        return
+    if replaceable is None:
         raise FileExistsError(
             f"Got path={str(target)!r}, a folder that is not empty. Wanted: a path where nothing "
             "is yet, or overwrite=True where that is offered."
         )
-    foreign = [name for name in names if name not in (replaceable or ())]
-    if foreign:
+    foreign = [e.name for e in entries if e.name not in replaceable or not e.is_file()]
+    missing = not (target / replaceable[0]).is_file()
+    if foreign or missing:
+        what = f"holds no {replaceable[0]!r}" if missing else f"holds {foreign[0]!r}"
         raise FileExistsError(
-            f"Got path={str(target)!r} with overwrite=True, but it holds {foreign[0]!r}, which was "
-            "not written here. Wanted: a folder that holds a saved classifier alone. Move the rest "
-            "away, or save elsewhere."
+            f"Got path={str(target)!r} with overwrite=True, but it {what}, so not all of it was "
+            "written here. Wanted: a folder of a saved classifier alone. Move what is there away, "
+            "or save elsewhere."
         )
 
 

@@ -282,6 +282,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         return hidden[:, 0]
     if pooling == "last":
         return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    if pooling != "mean":
+        raise ValueError(f"Got pooling={pooling!r}. Wanted: 'last', 'mean' or 'cls'.")
     weights = mask[..., None].float()
     return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 

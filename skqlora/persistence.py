@@ -109,11 +109,14 @@ class PersistenceMixin:
 
         with tempfile.TemporaryDirectory() as parent:
             folder = os.path.join(parent, "classifier")
-            check_is_fitted(self)
+            self._save(folder, repo_id)  # what cannot be written shows before there is a repository
             repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
-            self._save(folder, repo_id)
+            self._write_card(Path(folder), repo_id)  # with the name of the organisation
             commit = HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Text classifier of skqlora"
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Text classifier of skqlora",
+                delete_patterns=list(ALL_FILES),  # of an earlier one
             )
         return commit.commit_url
 
@@ -246,18 +249,23 @@ class PersistenceMixin:
 
         check_is_fitted(self)
         fitted, parameters = vars(self), self.get_params(deep=False)
+        same = self.adapter_.model == os.fspath(self.model)
+        revision = self.adapter_.revision if same else self.revision
         with written_folder(path, ALL_FILES if overwrite else None) as folder:
             write_adapter(
                 folder,
                 self.adapter_.lora,
                 self.adapter_.lora_tensors,
                 model=os.fspath(self.model),
-                revision=self.adapter_.revision or self.revision,
+                revision=revision,
                 lora_dropout=self.lora_dropout,
             )
-            card = model_card(parameters, fitted, name)
-            (folder / FILES.model_card).write_text(card, "utf-8", errors="replace")
+            self._write_card(folder, name)
             write_classifier(folder, parameters, fitted, __version__)
+
+    def _write_card(self: Any, folder: Path, name: str) -> None:
+        card = model_card(self.get_params(deep=False), vars(self), name)
+        (folder / FILES.model_card).write_text(card, "utf-8", errors="replace")
 
 
 def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:

@@ -110,6 +110,7 @@ def write_classifier(
             for file in sorted(folder.glob("*.safetensors"))
         },
     }
+    manifest["checksum"] = checksum(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False)
     (folder / FILES.manifest).write_text(text + "\n", encoding="utf-8")
 
@@ -142,6 +143,8 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"its format_version is {manifest['format_version']} and this version of skqlora "
                 f"reads up to {FORMAT_VERSION}; upgrade skqlora"
             )
+        if manifest.pop("checksum", None) != checksum(manifest):
+            raise ValueError("its checksum is not that of its content")
         parameters = {
             name: _from_json(value) for name, value in typed(manifest, "parameters", dict).items()
         }
@@ -176,10 +179,10 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with naming_the_file(folder / FILES.adapter):
         named = tensors[FILES.adapter]
         lora_tensors = {from_peft_name(name.removeprefix(PREFIX)): named[name] for name in named}
-        _check_lora(lora_tensors, lora)
+        check_lora(lora_tensors, lora)
     with naming_the_file(folder / FILES.head):
         head_tensors = tensors[FILES.head]
-        _check_head(head_tensors, len(fitted["classes_"]))
+        check_head(head_tensors, len(fitted["classes_"]))
     fitted["adapter_"] = adapter(lora_tensors=lora_tensors, head_tensors=head_tensors)
     fitted["optimizer_state_"] = None
     if FILES.optimizer in tensors:
@@ -190,16 +193,23 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return parameters, fitted
 
 
+def checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without this entry, however it is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
-def naming_the_file(path: Path) -> Iterator[None]:
+def naming_the_file(
+    path: str | os.PathLike,
+    wanted: str = "the folder as `save` wrote it. Copy or save it again",
+) -> Iterator[None]:
     """Turn whatever goes wrong with a file's content into a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # parsers raise a dozen types: KeyError, RecursionError ...
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(
-            f"{str(path)!r} is not a file that `save` wrote: {reason}. Wanted: the folder as it "
-            "was written. Copy or save it again."
+            f"{os.fspath(path)!r} is not what it should be: {reason}. Wanted: {wanted}."
         ) from error
 
 
@@ -212,7 +222,7 @@ def read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
         return safetensors.numpy.load(data)
 
 
-def _check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
+def check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
     """Refuse tensors that no adapter of that rank has."""
     kinds: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
@@ -229,7 +239,8 @@ def _check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
         raise ValueError(f"it does not hold A and B of {incomplete or 'any layer'}")
 
 
-def _check_head(tensors: dict[str, np.ndarray], n_classes: int) -> None:
+def check_head(tensors: dict[str, np.ndarray], n_classes: int) -> None:
+    """Refuse tensors that no linear head of that many classes has."""
     if not {"weight"} <= tensors.keys() <= {"weight", "bias"}:
         raise ValueError(f"it holds {sorted(tensors)} instead of a weight and a bias")
     for name, tensor in tensors.items():
@@ -314,7 +325,7 @@ def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:
     settings = LoraSettings(**lora)
     if type(settings.r) is not int or settings.r < 1:
         raise ValueError(f"the rank is {settings.r!r}")
-    if type(settings.lora_alpha) not in (int, float):
+    if type(settings.lora_alpha) not in (int, float) or not 0 < settings.lora_alpha < math.inf:
         raise ValueError(f"lora_alpha is {settings.lora_alpha!r}")
     targets = settings.target_modules
     return replace(settings, target_modules=targets if isinstance(targets, str) else tuple(targets))
@@ -336,7 +347,12 @@ def optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
         {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
         for state in optimizer.states
     ]
-    return {"optim": optimizer.optim, "n_updates": optimizer.n_updates, "scalars": scalars}
+    return {
+        "optim": optimizer.optim,
+        "n_updates": optimizer.n_updates,
+        "schedule_step": optimizer.schedule_step,
+        "scalars": scalars,
+    }
 
 
 def optimizer_from_json(
@@ -348,5 +364,8 @@ def optimizer_from_json(
         number, _, name = key.partition(".")
         states[int(number)][name] = value
     return OptimizerState(
-        typed(optimizer, "optim", str), typed(optimizer, "n_updates", int), states
+        optim=typed(optimizer, "optim", str),
+        n_updates=typed(optimizer, "n_updates", int),
+        schedule_step=typed(optimizer, "schedule_step", int),
+        states=states,
     )

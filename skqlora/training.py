@@ -201,7 +201,7 @@ class Trainer:
         self._refuse_divergence(unchecked, self.n_epochs + 1)
         self.model.eval()
         self.n_epochs += 1
-        self._last_rows = rows[: self.settings.batch_size]
+        self._last_rows = rows[: self.micro_rows]
         sum_of_losses = torch.stack(losses).sum()
         losses.clear()
         self.ranks.sum_up(sum_of_losses)
@@ -268,17 +268,13 @@ class Trainer:
         -------
         loss : torch.Tensor
             This rank's part of the rows' weighted losses, summed.
-
-        Raises
-        ------
-        torch.OutOfMemoryError
-            If not even one text fits.
         """
         loss = None
         while loss is None:
             try:
                 loss = self._accumulate(rows)
             except torch.OutOfMemoryError:
+                self.micro_rows = min(self.micro_rows, len(self.ranks.share(len(rows))))
                 if self.micro_rows == 1:
                     raise
             if loss is None:  # outside of the handler, whose traceback holds the activations
@@ -339,7 +335,12 @@ class Trainer:
 
     def state(self) -> OptimizerState:
         """Copy where the optimizer stands."""
-        return OptimizerState(self.settings.optim, self.n_updates, read_state(self.optimizer))
+        return OptimizerState(
+            optim=self.settings.optim,
+            n_updates=self.n_updates,
+            schedule_step=self.scheduler.last_epoch,
+            states=read_state(self.optimizer),
+        )
 
     def _resume(self, resumed: OptimizerState) -> None:
         if resumed.optim != self.settings.optim:
@@ -348,14 +349,14 @@ class Trainer:
                 f"{resumed.optim!r}. Set it back, or fit anew."
             )
         write_state(self.optimizer, resumed.states)
-        self.n_updates = self.scheduler.last_epoch = resumed.n_updates
+        self.n_updates, self.scheduler.last_epoch = resumed.n_updates, resumed.schedule_step
         for group, base, factor in zip(
             self.optimizer.param_groups,
             self.scheduler.base_lrs,
             self.scheduler.lr_lambdas,
             strict=True,
         ):
-            group["lr"] = base * factor(resumed.n_updates)
+            group["lr"] = base * factor(resumed.schedule_step)
 
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float32, device=self.device)

@@ -59,7 +59,12 @@ def main(model, folder):
 
 def fit_after_an_interrupt(model, folder, texts, labels):
     """Fit from a checkpoint that an interrupted fit left."""
-    step, clf = Trainer.step, make_classifier(model, checkpoint_dir=folder, checkpoint_every=2)
+    step, clf = (
+        Trainer.step,
+        make_classifier(
+            model, checkpoint_dir=folder, checkpoint_every=2, early_stopping=True, scoring="loss"
+        ),
+    )
 
     def interrupt(trainer, rows):
         if trainer.n_updates == 5:

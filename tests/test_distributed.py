@@ -12,6 +12,11 @@ import ranks
 import tiny
 from helpers import assert_equal_adapters, make_classifier
 
+EXTRA = {
+    "steps without a row": {"batch_size": 1},
+    "checkpoints": {"early_stopping": True, "scoring": "loss"},
+}
+
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
 def fitted(request, tiny_model, tmp_path_factory):
@@ -44,7 +49,7 @@ def test_ranks_end_where_one_process_does(fitted, case):
     model, (ours, _) = fitted
     n_rows = 5 if case == "steps without a row" else ranks.N_ROWS
     texts, labels = (values[:n_rows] for values in tiny.corpus(ranks.N_ROWS))
-    params = ranks.CASES.get(case, {"batch_size": 1} if case == "steps without a row" else {})
+    params = ranks.CASES.get(case, EXTRA.get(case, {}))
     alone = make_classifier(model, **params).fit(texts, labels)
     assert ours[case].loss_curve_ == pytest.approx(alone.loss_curve_, abs=1e-5)
     for kind in ("lora_tensors", "head_tensors"):

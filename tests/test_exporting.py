@@ -1,10 +1,12 @@
 """Classifiers in the formats of PEFT and Transformers, and from PEFT's: the same predictions."""
 
 import json
+import shutil
 
 import bitsandbytes as bnb
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
@@ -14,6 +16,7 @@ from peft import (
     PeftModelForSequenceClassification,
     get_peft_model,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -48,7 +51,9 @@ def padded(tokenizer, texts):
 @pytest.mark.parametrize("params", [{}, {"use_dora": True}, {"quantization": None}], ids=str)
 def test_transformers_predicts_the_same(tiny_model, texts, labels, model_type, params):
     clf = fit(tiny_model, model_type, texts, labels, **params)
-    base = make_backbone(clf.model, **{"double_quant": True} | params.get("spec", {}))
+    quantization = params.get("quantization", "nf4")
+    double_quant = quantization is not None
+    base = make_backbone(clf.model, quantization=quantization, double_quant=double_quant)
     before = digest_of_base(base.module)
     model, tokenizer = clf.to_transformers()
     assert digest_of_base(base.module) == before
@@ -221,6 +226,9 @@ def test_to_peft_and_back(tiny_model, texts, labels, tmp_path):
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"something_new": True}, "something_new=True"),
+        ({"r": "4"}, "no 'r' of type int"),
         ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save="),
     ],
 )
@@ -259,3 +267,52 @@ def test_a_reward_model_and_wrong_classes_are_refused(tiny_model, texts, labels,
     other = tiny.save_model(tmp_path / "narrow", "llama", hidden_size=32)
     with pytest.raises(ValueError, match="the base wants"):
         QLoRAClassifier.from_peft(tmp_path / "peft", model=other)
+
+
+def test_a_head_in_bfloat16_is_read_and_damaged_weights_are_named(
+    tiny_model, texts, labels, tmp_path
+):
+    clf = fit(tiny_model, "llama", texts, labels, num_train_epochs=1)
+    clf.to_peft(tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    head = "base_model.model.score.weight"
+    safetensors.torch.save_file(tensors | {head: tensors[head].bfloat16()}, file)
+    again = QLoRAClassifier.from_peft(tmp_path / "peft", compute_dtype="float32")
+    np.testing.assert_allclose(again.predict_proba(texts), clf.predict_proba(texts), atol=1e-2)
+    for damaged in (tensors | {head: tensors[head] * torch.nan}, None):
+        if damaged is None:
+            file.write_bytes(file.read_bytes()[:100])
+        else:
+            safetensors.torch.save_file(damaged, file)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors.*PeftModel"):
+            QLoRAClassifier.from_peft(tmp_path / "peft")
+
+
+def test_padding_is_never_what_a_text_ends_in(tiny_model, texts, labels, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pieces = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", None, pieces)
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token is None
+    clf = make_classifier(str(folder)).fit(texts, labels)
+    model, tokenizer = clf.to_transformers()
+    assert tokenizer.pad_token == "<unk>"
+    with torch.no_grad():
+        probabilities = torch.softmax(model(**padded(tokenizer, texts)).logits, 1)
+    np.testing.assert_allclose(probabilities, clf.predict_proba(texts), rtol=0, atol=1e-5)
+
+
+def test_exports_refuse_another_base_or_tokenizer(tiny_model, texts, labels, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    clf = make_classifier(str(folder), num_train_epochs=1).fit(texts, labels)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for export in (clf.to_transformers, lambda: clf.to_peft(tmp_path / "peft")):
+        with pytest.raises(ValueError, match="tokenizer of model="):
+            export()
+    clf.set_params(model=tiny_model("mistral"))
+    with pytest.raises(ValueError, match="is not the base that was fitted"):
+        clf.to_peft(tmp_path / "peft")

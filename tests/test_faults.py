@@ -133,7 +133,7 @@ def fit_interrupted(clf, corpus, at, **held_out):
     [
         {},
         {"optim": "paged_adamw_8bit", "compute_dtype": "bfloat16", "lora_dropout": 0.3},
-        {"optim": "adamw", "early_stopping": True, "scoring": "loss"},
+        {"optim": "adamw", "early_stopping": True, "scoring": "loss", "random_state": 3},
     ],
     ids=["plain", "8-bit", "early stopping"],
 )
@@ -214,3 +214,45 @@ def test_checkpoints_need_a_seed_and_tell_another_number_of_threads(encoder, cor
     manifest.write_text(re.sub(r'"n_threads": \d+', '"n_threads": 99', manifest.read_text()))
     with pytest.warns(RuntimeWarning, match="computed on 99 threads"):
         clf.fit(*corpus)
+
+
+def test_divergence_after_a_resume_keeps_the_epochs_before(encoder, corpus, checkpoints):
+    recipe = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    clf = make_classifier(encoder, **checkpoints | recipe)
+    fit_interrupted(clf, corpus, 9)  # a checkpoint at the end of the second epoch
+    with pytest.MonkeyPatch.context() as patch:
+        spoil_update(patch, 10)
+        with pytest.raises(FloatingPointError, match=r"in update 11 \(epoch 3\)"):
+            clf.fit(*corpus)
+    assert clf.n_iter_ == 1  # the second epoch's end was not seen before the checkpoint
+    recipe |= {"batch_size": 12, "num_train_epochs": 1}
+    assert_equal_adapters(clf, make_classifier(encoder, **recipe).fit(*corpus))
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(encoder, corpus, checkpoints):
+    expected = make_classifier(encoder, batch_size=12).fit(*corpus)
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "/full")
+
+    clf = make_classifier(encoder, **checkpoints)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skqlora.checkpoints.written_folder", full)
+        with pytest.warns(RuntimeWarning, match="could not be written: .*No space left"):
+            clf.fit(*corpus)
+    assert_equal_adapters(clf, expected)
+    file = Path(checkpoints["checkpoint_dir"]) / "file"
+    file.write_text("")
+    with pytest.raises(OSError, match="file"):
+        clf.set_params(checkpoint_dir=file / "below").fit(*corpus)
+    with pytest.raises(ValueError, match="the name of a scorer"):
+        clf.set_params(scoring=lambda est, X, y: 1.0).fit(*corpus)
+
+
+def test_what_a_kill_while_writing_left_is_taken_away(encoder, corpus, checkpoints):
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    [folder] = Path(checkpoints["checkpoint_dir"]).iterdir()
+    (folder.parent / f".{folder.name}.123.tmp").mkdir()
+    clf.fit(*corpus)
+    assert list(folder.parent.iterdir()) == []

@@ -31,7 +31,7 @@ from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
-from skqlora.saved_format import ALL_FILES, FILES
+from skqlora.saved_format import ALL_FILES, FILES, checksum
 
 DIGEST_OF_VERSION_1 = "095d4af9b9c85dd401d2defbafcd56ba3380bcbe538c0ab488e33295ba457728"
 TENSOR_FILES = (FILES.adapter, FILES.head)
@@ -227,6 +227,10 @@ def test_overwriting_is_asked_for(fitted, copied):
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         fitted.save(copied, overwrite=True)
     (copied / "notes.txt").unlink()
+    (copied / FILES.manifest).rename(copied.parent / "manifest")
+    with pytest.raises(FileExistsError, match=r"holds no 'skqlora\.json'"):
+        fitted.save(copied, overwrite=True)  # perhaps what PEFT wrote
+    (copied.parent / "manifest").rename(copied / FILES.manifest)
     (copied / FILES.head).write_bytes(b"")
     fitted.save(copied, overwrite=True)
     assert_equal_adapters(QLoRAClassifier.load(copied), fitted)
@@ -248,7 +252,8 @@ def edit(folder, change):
     file = folder / FILES.manifest
     manifest = json.loads(file.read_text())
     change(manifest)
-    file.write_text(json.dumps(manifest))
+    manifest.pop("checksum", None)
+    file.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
 
 
 def replace_tensors(folder, name, change):
@@ -294,6 +299,7 @@ def test_a_swapped_file_is_refused(encoder, copied, corpus, tmp_path, name):
         (lambda m: m["parameters"].update(lora_q=3), "parameter 'lora_q'"),
         (lambda m: m["parameters"].update(lora_r=-3), "'lora_r' parameter"),
         (lambda m: m["adapter"]["lora"].update(r=5), "the rank is 5"),
+        (lambda m: m["adapter"]["lora"].update(lora_alpha=float("nan")), "lora_alpha is nan"),
         (lambda m: m["adapter"]["lora"].update(use_dora=True), "does not hold A and B of"),
     ],
 )
@@ -345,7 +351,7 @@ def test_a_missing_base_is_named_at_the_prediction(copied, texts):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_whatever_the_files_hold_only_our_errors_come_out(saved, tmp_path, data):
+def test_whatever_the_files_hold_only_our_errors_come_out(fitted, saved, tmp_path, data):
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
@@ -365,7 +371,10 @@ def test_whatever_the_files_hold_only_our_errors_come_out(saved, tmp_path, data)
         digest = hashlib.sha256(content).hexdigest()
         edit(folder, lambda m: m["sha256"].update({name: digest}))
     with contextlib.suppress(ValueError, OSError):
-        QLoRAClassifier.load(folder)
+        loaded = QLoRAClassifier.load(folder)
+        if name == FILES.manifest:  # its checksum tells
+            assert loaded.get_params() == fitted.get_params()
+            assert loaded.adapter_.pooling == fitted.adapter_.pooling
 
 
 def test_pickles_are_not_read(copied):
@@ -417,6 +426,8 @@ else:
     point_main_to("b" * 40)
     clf = QLoRAClassifier.load(work / "clf")
     np.testing.assert_array_equal(clf.predict_proba(texts), np.load(work / "p.npy"))
+    clf.set_params(warm_start=True).fit(texts, labels)
+    assert clf.adapter_.revision == "a" * 40
     fresh = make_classifier("me/tiny", num_train_epochs=1).fit(texts, labels)
     assert fresh.adapter_.revision == "b" * 40
     assert fresh.adapter_.fingerprint != clf.adapter_.fingerprint
@@ -444,7 +455,8 @@ def test_the_hub_gets_what_save_writes_and_load_reads_it(fitted, texts, tmp_path
             assert private
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+            assert set(delete_patterns) == set(ALL_FILES)
             shutil.copytree(folder_path, tmp_path / repo_id)
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
