@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a fit leaves something whole behind."""
 
 import copy
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
 from sklearn.model_selection import GridSearchCV
 
@@ -156,7 +158,9 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(model, corpus, checkpoints,
 def test_a_killed_process_goes_on_to_the_same_bits(encoder, corpus, checkpoints):
     params = checkpoints | {"early_stopping": True}
     code = KILLED.format(tests=str(Path(__file__).parent), model=encoder, params=params)
-    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    # The same bits need the same number of threads.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, check=False)
     assert killed.returncode == -signal.SIGKILL
     resumed = make_classifier(encoder, **params)
     assert fit_interrupted(resumed, corpus, None)[0] == 8

@@ -314,7 +314,7 @@ def bench_used_process(clf, texts, labels):
     few = clone(clf).set_params(num_train_epochs=1)
     clone(few).set_params(lora_r=3).fit(texts[:40], ["a", "b"] * 20).predict(texts)
     clone(few).set_params(compute_dtype="float32", use_dora=True).fit(texts, labels)
-    interrupt = patch("skqlora.training._refuse_divergence", side_effect=KeyboardInterrupt)
+    interrupt = patch("skqlora.training.Trainer._refuse_divergence", side_effect=KeyboardInterrupt)
     with interrupt, suppress(KeyboardInterrupt):
         clone(few).fit(texts, labels)
     used = digest(clone(few).fit(texts, labels))
