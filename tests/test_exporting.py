@@ -1,5 +1,6 @@
 """Classifiers in the formats of PEFT and Transformers, and from PEFT's: the same predictions."""
 
+import contextlib
 import json
 import shutil
 
@@ -10,6 +11,8 @@ import safetensors.torch
 import tiny
 import torch
 from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
@@ -316,3 +319,52 @@ def test_exports_refuse_another_base_or_tokenizer(tiny_model, texts, labels, tmp
     clf.set_params(model=tiny_model("mistral"))
     with pytest.raises(ValueError, match="is not the base that was fitted"):
         clf.to_peft(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_peft_loads_variants_and_other_targets(tiny_model, texts, indicator, model_type, tmp_path):
+    """DoRA and rsLoRA, two labels that a text may both have."""
+    variant = {"use_dora": True, "use_rslora": True, "quantization": None}
+    clf = fit(tiny_model, model_type, texts, indicator, **variant)
+    clf.to_peft(tmp_path / "peft")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "peft", num_labels=2, pad_token_id=0, dtype=torch.float32
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(clf.model)
+    tokenizer.pad_token, tokenizer.padding_side = "<pad>", "right"
+    with torch.no_grad():
+        logits = model(**padded(tokenizer, texts)).logits
+    np.testing.assert_allclose(logits, clf.decision_function(texts), rtol=0, atol=1e-4)
+    again = QLoRAClassifier.from_peft(
+        tmp_path / "peft", multilabel=True, quantization=None, compute_dtype="float32"
+    )
+    np.testing.assert_array_equal(again.predict(texts), clf.predict(texts))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_model, corpus, tmp_path_factory):
+    """The folder of a classifier in PEFT's format, not to be changed."""
+    path = tmp_path_factory.mktemp("exported") / "peft"
+    fit(tiny_model, "llama", *corpus, num_train_epochs=1).to_peft(path)
+    return path
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_the_files_hold_only_our_errors_come_out(exported, tmp_path, data):
+    folder = tmp_path / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(exported, folder)
+    name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
+    content = bytearray((exported / name).read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 5))):
+            bit = data.draw(st.integers(0, 8 * len(content) - 1))
+            content[bit // 8] ^= 1 << bit % 8
+    (folder / name).write_bytes(content)
+    with contextlib.suppress(ValueError, OSError):
+        QLoRAClassifier.from_peft(folder, compute_dtype="float32")

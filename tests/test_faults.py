@@ -1,7 +1,6 @@
 """What goes wrong in the middle of a fit leaves something whole behind."""
 
 import copy
-import os
 import re
 import signal
 import subprocess
@@ -11,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
+from helpers import (
+    assert_equal_adapters,
+    digest_of_base,
+    make_backbone,
+    make_classifier,
+    trained_values,
+)
 from sklearn.model_selection import GridSearchCV
 
+from skqlora.model import TextClassifierModel
 from skqlora.training import Trainer
 
 
@@ -85,11 +91,13 @@ def test_an_interrupted_fit_leaves_the_base_and_an_older_fit_alone(model, corpus
 
 KILLED = """
 import os, signal, sys
+import torch
 sys.path.insert(0, {tests!r})
 from helpers import make_classifier
 from skqlora.training import Trainer
 import tiny
 
+torch.set_num_threads({n_threads})
 step = Trainer.step
 
 def step_or_die(self, rows):
@@ -155,16 +163,19 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(model, corpus, checkpoints,
     assert resumed.validation_scores_ == whole.validation_scores_
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(encoder, corpus, checkpoints):
+def test_a_killed_process_goes_on_to_the_same_bits(model, corpus, checkpoints):
     params = checkpoints | {"early_stopping": True}
-    code = KILLED.format(tests=str(Path(__file__).parent), model=encoder, params=params)
-    # The same bits need the same number of threads.
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | threads, check=False)
+    code = KILLED.format(
+        tests=str(Path(__file__).parent),
+        model=model,
+        params=params,
+        n_threads=torch.get_num_threads(),  # the same bits need the same number
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
-    resumed = make_classifier(encoder, **params)
+    resumed = make_classifier(model, **params)
     assert fit_interrupted(resumed, corpus, None)[0] == 8
-    assert_equal_adapters(resumed, make_classifier(encoder, **params).fit(*corpus))
+    assert_equal_adapters(resumed, make_classifier(model, **params).fit(*corpus))
 
 
 def test_a_warm_start_that_was_interrupted_goes_on_too(encoder, corpus, checkpoints):
@@ -261,3 +272,22 @@ def test_what_a_kill_while_writing_left_is_taken_away(encoder, corpus, checkpoin
     (folder.parent / f".{folder.name}.123.tmp").mkdir()
     clf.fit(*corpus)
     assert list(folder.parent.iterdir()) == []
+
+
+def test_a_fit_out_of_memory_comes_to_the_same(model, corpus):
+    params = {"batch_size": 8, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
+    expected = make_classifier(model, **params).fit(*corpus)
+    forward = TextClassifierModel.forward
+
+    def out_of_memory_above(self, input_ids, attention_mask):
+        if self.training and len(input_ids) > 3:
+            raise torch.OutOfMemoryError("injected")
+        return forward(self, input_ids, attention_mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextClassifierModel, "forward", out_of_memory_above)
+        with pytest.warns(RuntimeWarning, match="Out of memory") as warned:
+            recovered = make_classifier(model, **params).fit(*corpus)
+    assert "batch_size=2 and gradient_accumulation_steps=8" in str(warned[-1].message)
+    difference = np.abs(trained_values(recovered) - trained_values(expected)).max()
+    assert difference < 1e-4 * np.abs(trained_values(expected)).max()

@@ -142,14 +142,20 @@ def test_two_processes_at_once_leave_one_of_the_two(tmp_path):
     for text in ("one", "two"):
         child = os.fork()
         if child == 0:
-            for _ in range(50):
-                write(path, text)
-            os._exit(0)
+            status = 1
+            try:
+                for _ in range(50):
+                    write(path, text)
+                status = 0
+            finally:
+                os._exit(status)
         children.append(child)
-    while any(os.waitpid(child, os.WNOHANG) == (0, 0) for child in children[:1]):
+    first = 0, 0
+    while first == (0, 0):
         if path.exists():
             assert set(read(path)) <= {"one", "two"}
-    os.waitpid(children[1], 0)
+        first = os.waitpid(children[0], os.WNOHANG)
+    assert first[1] == os.waitpid(children[1], 0)[1] == 0
     assert read(path) in (["one", "one"], ["two", "two"])
     assert os.listdir(tmp_path) == ["folder"]
 
