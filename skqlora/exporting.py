@@ -211,6 +211,9 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
         config = json.loads(file.read_bytes())
         for key, kinds in REQUIRED.items():
             typed(config, key, kinds)
+        for key in ("target_modules", "modules_to_save"):
+            if not all(isinstance(name, str) for name in config.get(key) or []):
+                raise ValueError(f"{key} holds what is no name of a module")
     wanted = {"peft_type": "LORA", "task_type": "SEQ_CLS", "bias": "none"}
     other = {name: config.get(name) for name in wanted if config.get(name) != wanted[name]}
     other |= {name: value for name, value in config.items() if value and name not in UNDERSTOOD}

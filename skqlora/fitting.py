@@ -1,6 +1,7 @@
-"""One fit, epoch by epoch: train, score, tell the callbacks, stop; what comes of it is returned.
+"""One fit, epoch by epoch: train, score, tell the callbacks, write a checkpoint, stop.
 
-Knows nothing of torch; the estimator is only read.
+Of torch it asks the number of threads alone. The estimator is only read; its caller sets what comes
+of the fit.
 """
 
 import copy
@@ -152,6 +153,12 @@ class _Saving:
     losses : list of float
         Of the epochs that are over; of an earlier fit too.
     stopping : EarlyStopping or None
+    ranks : Ranks
+
+    Attributes
+    ----------
+    kept : AdapterState or None
+        What the fit would keep if it ended now; None before the first epoch is over.
     """
 
     def __init__(

@@ -218,7 +218,7 @@ def read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
     data = path.read_bytes()
     with naming_the_file(path):
         if hashes.get(path.name) != hashlib.sha256(data).hexdigest():
-            raise ValueError(f"its SHA-256 is not the one in {FILES.manifest}")
+            raise ValueError("its SHA-256 is not the one that was noted when it was written")
         return safetensors.numpy.load(data)
 
 

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from skqlora import QLoRAClassifier
 from skqlora.adapter import LoraSettings
@@ -124,3 +125,17 @@ def digest_of_base(module):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def draw_damage(data, content):
+    """Draw what a file may hold after an accident: other bytes, fewer, or flipped bits."""
+    kind = data.draw(st.sampled_from(["random", "truncated", "flipped"]))
+    if kind == "random":
+        return data.draw(st.binary(max_size=300))
+    if kind == "truncated":
+        return content[: data.draw(st.integers(0, len(content) - 1))]
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 5))):
+        bit = data.draw(st.integers(0, 8 * len(content) - 1))
+        damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)

@@ -10,7 +10,13 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from helpers import assert_equal_adapters, digest_of_base, make_backbone, make_classifier
+from helpers import (
+    assert_equal_adapters,
+    digest_of_base,
+    draw_damage,
+    make_backbone,
+    make_classifier,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import (
@@ -232,6 +238,7 @@ def test_to_peft_and_back(tiny_model, texts, labels, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"something_new": True}, "something_new=True"),
         ({"r": "4"}, "no 'r' of type int"),
+        ({"modules_to_save": [["score"]]}, "modules_to_save holds what is no name"),
         ({"modules_to_save": ["score", "embed_tokens"]}, "modules_to_save="),
     ],
 )
@@ -358,13 +365,6 @@ def test_whatever_the_files_hold_only_our_errors_come_out(exported, tmp_path, da
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(exported, folder)
     name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))
-    content = bytearray((exported / name).read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        for _ in range(data.draw(st.integers(1, 5))):
-            bit = data.draw(st.integers(0, 8 * len(content) - 1))
-            content[bit // 8] ^= 1 << bit % 8
-    (folder / name).write_bytes(content)
+    (folder / name).write_bytes(draw_damage(data, (exported / name).read_bytes()))
     with contextlib.suppress(ValueError, OSError):
         QLoRAClassifier.from_peft(folder, compute_dtype="float32")

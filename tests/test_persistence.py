@@ -19,7 +19,13 @@ import safetensors.numpy
 import skops.io
 import tiny
 import torch
-from helpers import assert_equal_adapters, make_backbone, make_classifier, restore_model
+from helpers import (
+    assert_equal_adapters,
+    draw_damage,
+    make_backbone,
+    make_classifier,
+    restore_model,
+)
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -356,16 +362,7 @@ def test_whatever_the_files_hold_only_our_errors_come_out(fitted, saved, tmp_pat
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(saved, folder)
     name = data.draw(st.sampled_from([FILES.manifest, *TENSOR_FILES]))
-    content = bytearray((saved / name).read_bytes())
-    kind = data.draw(st.sampled_from(["random", "truncated", "flipped"]))
-    if kind == "random":
-        content = data.draw(st.binary(max_size=300))
-    elif kind == "truncated":
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        for _ in range(data.draw(st.integers(1, 5))):
-            bit = data.draw(st.integers(0, 8 * len(content) - 1))
-            content[bit // 8] ^= 1 << bit % 8
+    content = draw_damage(data, (saved / name).read_bytes())
     (folder / name).write_bytes(content)
     if name != FILES.manifest:  # past the hash
         digest = hashlib.sha256(content).hexdigest()
