@@ -106,6 +106,8 @@ class TrainerState:
     optimizer : OptimizerState
     n_epochs : int
         Epochs that are over.
+    micro_rows : int
+        In one forward pass: fewer than the batch, after it ran out of memory.
     epoch_losses : ndarray of shape (n_updates_of_this_epoch,)
         float32, of all ranks.
     order : dict
@@ -117,6 +119,7 @@ class TrainerState:
     values: list[np.ndarray]
     optimizer: OptimizerState
     n_epochs: int
+    micro_rows: int
     epoch_losses: np.ndarray
     order: dict[str, Any]
     scaler: dict[str, Any]

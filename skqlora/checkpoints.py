@@ -18,10 +18,12 @@ from typing import Any
 import joblib
 import numpy as np
 import safetensors.numpy
+from filelock import FileLock, Timeout
 
 from skqlora.adapter import AdapterState, TrainerState
 from skqlora.folders import written_folder
 from skqlora.saved_format import (
+    checksum,
     naming_the_file,
     optimizer_arrays,
     optimizer_from_json,
@@ -121,6 +123,30 @@ class Checkpoints:
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
         self._n_threads = n_threads
+        self._lock = FileLock(self._folder.with_suffix(".lock"), timeout=0, thread_local=False)
+
+    def lock(self) -> bool:
+        """Keep equal fits out until `unlock`, or until this process ends; or warn and return False.
+
+        Two candidates of a search may be equal, or a script started twice.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            warnings.warn(
+                f"Another fit, of the same data with the same parameters, has its checkpoints in "
+                f"{str(self._folder)!r} now. This one goes on without any.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Let another fit have the folder."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def read(self) -> Checkpoint | None:
         """Read the checkpoint, if there is one.
@@ -136,6 +162,8 @@ class Checkpoints:
         text = path.read_bytes()
         with naming_the_file(path, f"a checkpoint; delete {str(self._folder)!r} to begin anew"):
             manifest = json.loads(text)
+            if manifest.pop("checksum", None) != checksum(manifest):
+                raise ValueError("its checksum is not that of its content")
             n_threads = typed(manifest, "n_threads", int)
             tensors = read_tensors(self._folder / TENSORS, typed(manifest, "sha256", dict))
             order = typed(manifest, "order", dict)
@@ -154,6 +182,7 @@ class Checkpoints:
                         manifest["optimizer"], _under("optimizer.", tensors)
                     ),
                     n_epochs=typed(manifest, "n_epochs", int),
+                    micro_rows=typed(manifest, "micro_rows", int),
                     epoch_losses=tensors["epoch_losses"],
                     order=order,
                     scaler=typed(manifest, "scaler", dict),
@@ -195,6 +224,7 @@ class Checkpoints:
             "n_threads": self._n_threads,
             "n_buffers": len(trainer.values),
             "n_epochs": trainer.n_epochs,
+            "micro_rows": trainer.micro_rows,
             "losses": checkpoint.losses,
             "optimizer": optimizer_to_json(trainer.optimizer),
             "order": trainer.order | {"state": state},
@@ -202,7 +232,7 @@ class Checkpoints:
             "stopping": stopping,
             "sha256": {TENSORS: hashlib.sha256(data).hexdigest()},
         }
-        text = json.dumps(manifest, allow_nan=False)
+        text = json.dumps(manifest | {"checksum": checksum(manifest)}, allow_nan=False)
         try:
             with written_folder(self._folder, (MANIFEST, TENSORS)) as folder:
                 (folder / TENSORS).write_bytes(data)

@@ -1,6 +1,7 @@
-"""Where a model computes and in what precision, told from what the machine has."""
+"""Where a model computes, in what precision, and whether there is too little memory for it."""
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 
 def resolve_device(device: str) -> torch.device:
@@ -72,6 +73,15 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 return torch.float16
     return torch.bfloat16
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether less at once may work: not all of torch's allocators and libraries have a type."""
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or should_reduce_batch_size(error)
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -76,15 +76,17 @@ def fit_epochs(
         weights = weights / weights.mean()  # only their ratios matter
         tasks = FitTasks(estimator, estimator.num_train_epochs, table)
         start = estimator.adapter_ if goes_on else None
-        with finetuning(estimator, table, weights, seed + len(losses), start=start) as run:
+        data = table, held_out, weights, start
+        with (
+            finetuning(estimator, table, weights, seed + len(losses), start=start) as run,
+            _Saving(estimator, data, run, losses, stopping, ranks) as saving,
+        ):
             fitted = partial(_attributes, table, run, losses, seed)
             if stopping is not None:
                 # What is wrong with a scorer shows before the training.
                 score = ranks.from_first(stopping.score(as_fitted(estimator, fitted())))
                 if start is not None:
                     stopping.start_from(score, start)
-            data = table, held_out, weights, start
-            saving = _Saving(estimator, data, run, losses, stopping, ranks)
             attributes = saving.resume(fitted)  # of the last epoch
             for _ in range(run.trainer.n_epochs, estimator.num_train_epochs):
                 tasks.begin_epoch()
@@ -105,9 +107,9 @@ def fit_epochs(
                 stop |= tasks.end_epoch(attributes)
                 if ranks.from_first(stop):
                     break
-        tasks.end(attributes)
-        keep(attributes)
-        saving.remove()
+            tasks.end(attributes)
+            keep(attributes)
+            saving.remove()
 
 
 def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
@@ -143,6 +145,8 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
 
 class _Saving:
     """Writes a checkpoint every so many updates, and goes to the last one; if that is asked for.
+
+    A context manager: within it no other fit writes there.
 
     Parameters
     ----------
@@ -180,6 +184,15 @@ class _Saving:
             bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
             identity = data, list(losses), bases, run.max_length, ranks.size
             self._checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
+
+    def __enter__(self) -> "_Saving":
+        if self._checkpoints is not None and not self._ranks.call_on_first(self._checkpoints.lock):
+            self._checkpoints = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.unlock()
 
     def __call__(self) -> None:
         trainer, checkpoints = self._run.trainer, self._checkpoints

@@ -5,6 +5,7 @@ Knows nothing of what is written.
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -61,6 +62,14 @@ def written_folder(
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
+
+
+def find_aside(path: str | os.PathLike) -> Path | None:
+    """Find where a kill between two renames left what was at `path`, if nothing is there now."""
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        return None
+    return next(target.parent.glob(f".{glob.escape(target.name)}.*.old.tmp"), None)
 
 
 def _move(folder: Path, target: Path, replaceable: Sequence[str] | None) -> None:

@@ -3,12 +3,13 @@
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 from sklearn.utils.validation import check_is_fitted
 
-from skqlora.folders import written_folder
+from skqlora.folders import find_aside, written_folder
 from skqlora.model_card import model_card
 from skqlora.peft_format import write_adapter
 from skqlora.quiet import import_libraries
@@ -86,7 +87,8 @@ class PersistenceMixin:
     def push_to_hub(self: Any, repo_id: str, *, private: bool | None = None) -> str:
         """Write the fitted classifier to a repository of the Hugging Face Hub, as `save` does.
 
-        `load` reads it from there. Log in first: ``hf auth login``.
+        `load` reads it from there. Log in first: ``hf auth login``. Everyone who reads it needs the
+        base: where `model` is a folder, its path is what they get to see, and a warning says so.
 
         Parameters
         ----------
@@ -107,6 +109,14 @@ class PersistenceMixin:
         """
         from huggingface_hub import HfApi
 
+        check_is_fitted(self)
+        if os.path.isdir(self.model):
+            warnings.warn(
+                f"Got model={os.fspath(self.model)!r}, a folder of this machine, and that path is "
+                "published. If the base is on the Hub, call clf.set_params(model='its name there') "
+                "before; else those who load the classifier set it to a folder of theirs.",
+                stacklevel=2,
+            )
         with tempfile.TemporaryDirectory() as parent:
             folder = os.path.join(parent, "classifier")
             self._save(folder, repo_id)  # what cannot be written shows before there is a repository
@@ -273,6 +283,12 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
+    aside = find_aside(folder)
+    if aside is not None:
+        raise NotADirectoryError(
+            f"Got path={str(folder)!r}, where nothing is: a write to it was cut off between two "
+            f"renames. Rename {str(aside)!r} to it, which is what was there before."
+        )
     if folder.exists() or folder.is_absolute() or not REPOSITORY.fullmatch(os.fspath(path)):
         raise NotADirectoryError(
             f"Got path={str(folder)!r}, which is no folder. Wanted: one that `save` wrote, or the "

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
 from skqlora.data import TokenizedTexts, prediction_batches, training_batches
+from skqlora.device import is_out_of_memory
 from skqlora.distributed import Ranks
 from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel, transformer_blocks
@@ -224,6 +225,7 @@ class Trainer:
             values=[s.leaf.detach().cpu().numpy().copy() for s in self.segments],
             optimizer=self.state(),
             n_epochs=self.n_epochs,
+            micro_rows=self.micro_rows,
             epoch_losses=losses.cpu().numpy(),
             order=self.order,
             scaler=self.scaler.state_dict(),
@@ -237,7 +239,7 @@ class Trainer:
             segment.leaf.copy_(torch.from_numpy(values))
         self._resume(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
-        self.n_epochs, self.order = state.n_epochs, state.order
+        self.n_epochs, self.order, self.micro_rows = state.n_epochs, state.order, state.micro_rows
         losses = torch.tensor(state.epoch_losses, device=self.device)
         if self.ranks.rank > 0:  # the first one has the losses of all
             losses.zero_()
@@ -273,7 +275,9 @@ class Trainer:
         while loss is None:
             try:
                 loss = self._accumulate(rows)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.micro_rows = min(self.micro_rows, len(self.ranks.share(len(rows))))
                 if self.micro_rows == 1:
                     raise

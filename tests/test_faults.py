@@ -1,25 +1,32 @@
 """What goes wrong in the middle of a fit leaves something whole behind."""
 
 import copy
-import re
+import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import (
     assert_equal_adapters,
     digest_of_base,
+    draw_damage,
     make_backbone,
     make_classifier,
     trained_values,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sklearn.model_selection import GridSearchCV
 
 from skqlora.model import TextClassifierModel
+from skqlora.saved_format import checksum
 from skqlora.training import Trainer
 
 
@@ -115,6 +122,15 @@ def checkpoints(tmp_path):
     """A folder for checkpoints, and twelve updates of which each fourth writes one."""
     folder = tmp_path / "checkpoints"
     return {"checkpoint_dir": str(folder), "checkpoint_every": 4, "batch_size": 12}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_model, corpus, tmp_path_factory):
+    """A folder with the checkpoint of a fit, not to be changed."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    params = {"checkpoint_dir": folder, "checkpoint_every": 4, "batch_size": 12}
+    fit_interrupted(make_classifier(tiny_model("bert"), **params), corpus, 5)
+    return folder
 
 
 def fit_interrupted(clf, corpus, at, **held_out):
@@ -226,7 +242,9 @@ def test_checkpoints_need_a_seed_and_tell_another_number_of_threads(encoder, cor
     fit_interrupted(clf, corpus, 5)
     [folder] = Path(checkpoints["checkpoint_dir"]).iterdir()
     manifest = folder / "checkpoint.json"
-    manifest.write_text(re.sub(r'"n_threads": \d+', '"n_threads": 99', manifest.read_text()))
+    content = json.loads(manifest.read_text()) | {"n_threads": 99}
+    del content["checksum"]
+    manifest.write_text(json.dumps(content | {"checksum": checksum(content)}))
     with pytest.warns(RuntimeWarning, match="computed on 99 threads"):
         clf.fit(*corpus)
 
@@ -274,6 +292,39 @@ def test_what_a_kill_while_writing_left_is_taken_away(encoder, corpus, checkpoin
     assert list(folder.parent.iterdir()) == []
 
 
+def test_two_equal_fits_do_not_share_their_checkpoints(encoder, corpus, checkpoints):
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    [folder] = Path(checkpoints["checkpoint_dir"]).iterdir()
+    before = (folder / "checkpoint.json").read_bytes()
+    other = make_classifier(encoder, **checkpoints)
+    with (
+        FileLock(folder.with_suffix(".lock")),  # as a fit in another process has
+        pytest.warns(RuntimeWarning, match="Another fit.*goes on without"),
+    ):
+        assert fit_interrupted(other, corpus, None)[0] == 0
+    assert (folder / "checkpoint.json").read_bytes() == before
+    assert fit_interrupted(clf, corpus, None)[0] == 4
+    assert_equal_adapters(clf, other)
+    assert list(folder.parent.iterdir()) == []
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_happened_to_a_checkpoint_it_is_refused(
+    tiny_model, corpus, interrupted, tmp_path_factory, data
+):
+    copied = shutil.copytree(interrupted, tmp_path_factory.mktemp("fuzzed"), dirs_exist_ok=True)
+    [folder] = copied.iterdir()
+    file = folder / data.draw(st.sampled_from(["checkpoint.json", "checkpoint.safetensors"]))
+    content = file.read_bytes()
+    file.write_bytes(draw_damage(data, content))
+    hypothesis.assume(file.read_bytes() != content)
+    clf = make_classifier(tiny_model("bert"), checkpoint_dir=copied, batch_size=12)
+    with pytest.raises(ValueError, match=rf"{file.name}.*delete .* to begin anew"):
+        clf.fit(*corpus)
+
+
 def test_a_fit_out_of_memory_comes_to_the_same(model, corpus):
     params = {"batch_size": 8, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
     expected = make_classifier(model, **params).fit(*corpus)
@@ -291,3 +342,20 @@ def test_a_fit_out_of_memory_comes_to_the_same(model, corpus):
     assert "batch_size=2 and gradient_accumulation_steps=8" in str(warned[-1].message)
     difference = np.abs(trained_values(recovered) - trained_values(expected)).max()
     assert difference < 1e-4 * np.abs(trained_values(expected)).max()
+
+
+def test_after_a_resume_the_batches_that_fit_stay(encoder, corpus, checkpoints):
+    params = checkpoints | {"checkpoint_every": 2}
+    clf = make_classifier(encoder, **params)
+    forward = TextClassifierModel.forward
+
+    def out_of_memory_above(self, input_ids, attention_mask):
+        if self.training and len(input_ids) > 3:
+            raise torch.OutOfMemoryError("injected")
+        return forward(self, input_ids, attention_mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextClassifierModel, "forward", out_of_memory_above)
+        with pytest.warns(RuntimeWarning, match="Out of memory"):
+            fit_interrupted(clf, corpus, 5)
+        assert fit_interrupted(clf, corpus, None)[0] == 4  # and no warning

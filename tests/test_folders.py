@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from skqlora.folders import written_folder
+from skqlora.folders import find_aside, written_folder
 
 NAMES = ("a", "b")
 
@@ -84,6 +84,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path, exc
         else:
             [aside] = [p for p in tmp_path.iterdir() if p.name.endswith(".old.tmp")]
             assert read(aside) == ["old", "old"]  # nothing is lost
+            assert find_aside(path) == aside
             aside.rename(path)
         if not os.WIFSIGNALED(status):
             break

@@ -57,6 +57,15 @@ def saved(fitted, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def learning(tiny_model, corpus, tmp_path_factory):
+    """The folder of a classifier that `partial_fit` goes on with, not to be changed."""
+    path = tmp_path_factory.mktemp("learning") / "classifier"
+    clf = make_classifier(tiny_model("bert"))
+    clf.partial_fit(*corpus, classes=corpus[1]).save(path)
+    return path
+
+
 @pytest.fixture
 def copied(saved, tmp_path):
     """Such a folder, to be damaged."""
@@ -374,6 +383,29 @@ def test_whatever_the_files_hold_only_our_errors_come_out(fitted, saved, tmp_pat
             assert loaded.adapter_.pooling == fitted.adapter_.pooling
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_the_optimizer_file_holds_only_our_errors_come_out(
+    learning, tmp_path_factory, data
+):
+    folder = tmp_path_factory.mktemp("fuzzed")
+    content = draw_damage(data, (learning / FILES.optimizer).read_bytes())
+    shutil.copytree(learning, folder, dirs_exist_ok=True)
+    (folder / FILES.optimizer).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    edit(folder, lambda m: m["sha256"].update({FILES.optimizer: digest}))
+    with contextlib.suppress(ValueError, OSError):
+        QLoRAClassifier.load(folder)
+
+
+def test_a_write_that_was_cut_off_is_named(fitted, tmp_path):
+    fitted.save(tmp_path / ".clf.1.old.tmp")
+    with pytest.raises(NotADirectoryError, match=r"Rename '.*\.clf\.1\.old\.tmp' to it"):
+        QLoRAClassifier.load(tmp_path / "clf")
+    (tmp_path / ".clf.1.old.tmp").rename(tmp_path / "clf")
+    assert_equal_adapters(QLoRAClassifier.load(tmp_path / "clf"), fitted)
+
+
 def test_pickles_are_not_read(copied):
     (copied / FILES.head).write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ValueError, match="SHA-256"):
@@ -463,7 +495,8 @@ def test_the_hub_gets_what_save_writes_and_load_reads_it(fitted, texts, tmp_path
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert fitted.push_to_hub("clf", private=True) == "https://hub/me/clf/commit/1"
+    with pytest.warns(UserWarning, match="a folder of this machine, and that path is published"):
+        assert fitted.push_to_hub("clf", private=True) == "https://hub/me/clf/commit/1"
     assert_equal_adapters(QLoRAClassifier.load("me/clf"), fitted)
     card = ModelCard.load(tmp_path / "me" / "clf" / FILES.model_card)
     assert card.data.library_name == "skqlora"

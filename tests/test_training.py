@@ -245,9 +245,16 @@ def test_hooks_of_a_clone_act_on_the_clone(split):
         assert block not in base
 
 
-@pytest.mark.parametrize("fits", [5, 1])
+@pytest.mark.parametrize(
+    ("fits", "error"),
+    [
+        (5, torch.OutOfMemoryError("injected")),
+        (1, RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")),
+        (1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    ],
+)
 def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
-    backbone, monkeypatch, fits
+    backbone, monkeypatch, fits, error
 ):
     settings = {"batch_size": 16, "lora_dropout": 0.3, "num_train_epochs": 2}
     expected = adapter_after(backbone, **settings)
@@ -257,7 +264,7 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
     def out_of_memory_above(self, input_ids, attention_mask):
         sizes.append(len(input_ids))
         if self.training and len(input_ids) > fits:
-            raise torch.OutOfMemoryError("injected")
+            raise error
         return forward(self, input_ids, attention_mask)
 
     monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory_above)
@@ -265,6 +272,15 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
         recovered = adapter_after(backbone, **settings)
     np.testing.assert_allclose(recovered, expected, rtol=1e-4, atol=1e-5)
     assert sizes[:3] == [16, 8, 4]  # and the first update begins again each time
+
+
+def test_another_error_is_no_lack_of_memory(backbone, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(TextClassifierModel, "forward", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        adapter_after(backbone)
 
 
 def test_one_text_too_many_is_out_of_memory(backbone, monkeypatch):
