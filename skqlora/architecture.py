@@ -131,9 +131,10 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
     except Exception as error:  # hub, network, JSON and registry errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model={model!r} could not be read: {reason} Wanted: a local folder, or a model id "
-            "of the Hugging Face Hub ('organisation/name') that transformers knows without running "
-            "code from its repository."
+            f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
+            "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
+            "('organisation/name') that transformers knows without running code from its "
+            "repository."
         ) from error
 
 

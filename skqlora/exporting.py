@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ from skqlora.peft_format import (
     from_peft_name,
     write_adapter,
 )
+from skqlora.quiet import muted
 from skqlora.saved_format import check_head, check_lora, naming_the_file, typed
 from skqlora.tokenization import load_tokenizer
 
@@ -115,8 +117,12 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
 def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
     """Write that model, rounded to a dtype, and its tokenizer."""
     model, tokenizer = to_transformers(estimator)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        with muted():
+            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"The merged model could not be written: {error}") from error
 
 
 def write_peft(estimator: Any, folder: Path) -> None:
@@ -268,7 +274,13 @@ def read_peft_weights(
         )
     pooling = next(pooling for pooling, head in HEADS.items() if head == head_name)
     spec = backbone_spec(estimator)
-    _, base, _ = _stock_skeleton(spec.model, spec.revision, pooling)
+    try:
+        _, base, _ = _stock_skeleton(spec.model, spec.revision, pooling)
+    except ValueError as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} has a head named {head_name!r}, which model={spec.model!r} has "
+            "not. Wanted: the base that the adapter was trained on, a decoder or BERT."
+        ) from error
     prefixes = {"lora": f"{PREFIX}{base}.", "head": f"{PREFIX}{head_name}."}
     lora_tensors, head_tensors = {}, {}
     for name, tensor in named.items():

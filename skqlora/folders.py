@@ -50,15 +50,16 @@ def written_folder(
     _refuse_what_is_there(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    folder.mkdir()
     try:
+        folder.mkdir()
         yield folder
         for file in (*folder.rglob("*"), folder):
             _flush(file)
         _move(folder, target, replaceable)
         _flush(target.parent)
     except OSError as error:
-        error.filename = error.filename or str(target)  # a full disk does not say where
+        if error.errno is not None:  # a full disk does not say where, a refusal names `folder`
+            error.filename = str(target)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
@@ -114,7 +115,7 @@ def _refuse_what_is_there(target: Path, replaceable: Sequence[str] | None) -> No
     if replaceable is None:
         raise FileExistsError(
             f"Got path={str(target)!r}, a folder that is not empty. Wanted: a path where nothing "
-            "is yet, or overwrite=True where that is offered."
+            "is yet, or an empty folder. `save` replaces an earlier one with overwrite=True."
         )
     foreign = [e.name for e in entries if e.name not in replaceable or not e.is_file()]
     missing = not (target / replaceable[0]).is_file()

@@ -104,8 +104,8 @@ class PersistenceMixin:
 
         Raises
         ------
-        huggingface_hub.errors.HfHubHTTPError
-            If the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError, OfflineModeIsEnabled
+            If the Hub refuses, or cannot be reached.
         """
         from huggingface_hub import HfApi
 
@@ -258,6 +258,7 @@ class PersistenceMixin:
         from skqlora import __version__
 
         check_is_fitted(self)
+        import_libraries()  # PEFT writes its own configuration
         fitted, parameters = vars(self), self.get_params(deep=False)
         same = self.adapter_.model == os.fspath(self.model)
         revision = self.adapter_.revision if same else self.revision
@@ -296,6 +297,13 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(os.fspath(path), revision=revision, allow_patterns=list(ALL_FILES))
-    )
+    try:
+        found = snapshot_download(
+            os.fspath(path), revision=revision, allow_patterns=list(ALL_FILES)
+        )
+    except OSError as error:  # the Hub's own errors are such, and do not name the path
+        raise FileNotFoundError(
+            f"Got path={os.fspath(path)!r}. There is no such folder in {os.getcwd()!r}, and it "
+            f"could not be read from the Hugging Face Hub: {error}"
+        ) from error
+    return Path(found)

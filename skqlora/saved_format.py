@@ -135,6 +135,11 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         If a file is missing or cannot be read.
     """
     path = folder / FILES.manifest
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {FILES.manifest}. Wanted: a folder that `save` wrote; an "
+            "adapter that PEFT wrote is read by `from_peft`."
+        )
     text = path.read_bytes()
     with naming_the_file(path):
         manifest = json.loads(text)

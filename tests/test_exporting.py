@@ -116,9 +116,10 @@ def test_merged_weights_are_the_rounded_sums(tiny_model, texts, labels, model_ty
             assert torch.equal(weight, total.to(getattr(torch, dtype)))
 
 
-def test_a_merged_folder_is_a_plain_model(tiny_model, texts, labels, tmp_path):
+def test_a_merged_folder_is_a_plain_model(tiny_model, texts, labels, tmp_path, capsys, monkeypatch):
     clf = fit(tiny_model, "llama", texts, labels)
     clf.merge(tmp_path / "merged")
+    assert "%" not in capsys.readouterr().err  # no progress bar
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
@@ -128,6 +129,14 @@ def test_a_merged_folder_is_a_plain_model(tiny_model, texts, labels, tmp_path):
         clf.merge(tmp_path / "merged")
     with pytest.raises(ValueError, match="dtype='int8'"):
         clf.merge(tmp_path / "other", dtype="int8")
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match=r"could not be written.*No space"):
+        clf.merge(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,9 @@ def test_a_reward_model_and_wrong_classes_are_refused(tiny_model, texts, labels,
     other = tiny.save_model(tmp_path / "narrow", "llama", hidden_size=32)
     with pytest.raises(ValueError, match="the base wants"):
         QLoRAClassifier.from_peft(tmp_path / "peft", model=other)
+    fit(tiny_model, "bert", texts, labels, num_train_epochs=1).to_peft(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"head named 'classifier', which model=.* has not"):
+        QLoRAClassifier.from_peft(tmp_path / "bert", model=tiny_model("llama"))
 
 
 def test_a_head_in_bfloat16_is_read_and_damaged_weights_are_named(

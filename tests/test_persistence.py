@@ -353,6 +353,17 @@ def test_a_folder_that_is_not_ours_or_not_there(tmp_path, saved):
         QLoRAClassifier.load(tmp_path / "nothing")
     with pytest.raises(NotADirectoryError, match="no folder"):
         QLoRAClassifier.load(saved / FILES.manifest)
+    with pytest.raises(FileNotFoundError, match=r"path='mistyped'.*no such folder"):
+        QLoRAClassifier.load("mistyped")
+
+
+def test_saving_first_of_all_prints_nothing(saved, tmp_path):
+    code = f"""
+from skqlora import QLoRAClassifier
+QLoRAClassifier.load({str(saved)!r}).save({str(tmp_path / "again")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_missing_base_is_named_at_the_prediction(copied, texts):
