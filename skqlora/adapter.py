@@ -106,8 +106,8 @@ class TrainerState:
     optimizer : OptimizerState
     n_epochs : int
         Epochs that are over.
-    micro_rows : int
-        In one forward pass: fewer than the batch, after it ran out of memory.
+    micro_tokens : int
+        Greatest size of a forward pass: smaller, after one ran out of memory.
     epoch_losses : ndarray of shape (n_updates_of_this_epoch,)
         float32, of all ranks.
     order : dict
@@ -119,7 +119,7 @@ class TrainerState:
     values: list[np.ndarray]
     optimizer: OptimizerState
     n_epochs: int
-    micro_rows: int
+    micro_tokens: int
     epoch_losses: np.ndarray
     order: dict[str, Any]
     scaler: dict[str, Any]

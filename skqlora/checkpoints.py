@@ -182,7 +182,7 @@ class Checkpoints:
                         manifest["optimizer"], _under("optimizer.", tensors)
                     ),
                     n_epochs=typed(manifest, "n_epochs", int),
-                    micro_rows=typed(manifest, "micro_rows", int),
+                    micro_tokens=typed(manifest, "micro_tokens", int),
                     epoch_losses=tensors["epoch_losses"],
                     order=order,
                     scaler=typed(manifest, "scaler", dict),
@@ -224,7 +224,7 @@ class Checkpoints:
             "n_threads": self._n_threads,
             "n_buffers": len(trainer.values),
             "n_epochs": trainer.n_epochs,
-            "micro_rows": trainer.micro_rows,
+            "micro_tokens": trainer.micro_tokens,
             "losses": checkpoint.losses,
             "optimizer": optimizer_to_json(trainer.optimizer),
             "order": trainer.order | {"state": state},

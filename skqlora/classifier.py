@@ -1,5 +1,7 @@
 """`QLoRAClassifier`: the scikit-learn contract, and nothing of torch's internals."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +13,7 @@ from skqlora.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_ca
 from skqlora.constraints import PARAMETER_CONSTRAINTS
 from skqlora.fitting import fit_epochs, fit_piece
 from skqlora.inputs import (
+    PREDICTION_CHUNK,
     LabelledTexts,
     check_classes,
     check_labelled_texts,
@@ -64,6 +67,9 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
     target_modules : "all-linear", str or list of str, default="all-linear"
         Layers that get an adapter: all, those whose name matches a regular expression, or those
         whose name ends so.
+    layers : "all", int or list of int, default="all"
+        Of which of the model's layers: all, that many at the end, or those of these numbers. Only
+        few at the end are faster to train, and often nearly as good.
     use_rslora : bool, default=False
         Scale by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False
@@ -79,7 +85,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
     num_train_epochs : int, default=5
         Passes over the training texts.
     batch_size : int, default=16
-        Texts in one forward pass of training.
+        Texts of the greatest length in one forward pass of training; of shorter ones more share a
+        pass, where `gradient_accumulation_steps` asks for more.
     gradient_accumulation_steps : int, default=1
         Forward passes for one update. Only memory and time depend on how their product with
         `batch_size`, the texts of one update, is split.
@@ -212,6 +219,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         lora_alpha=16,
         lora_dropout=0.05,
         target_modules="all-linear",
+        layers="all",
         use_rslora=False,
         use_dora=False,
         init_lora_weights=True,
@@ -251,6 +259,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.target_modules = target_modules
+        self.layers = layers
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init_lora_weights = init_lora_weights
@@ -374,6 +383,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Or an iterator of them, of which some are held at a time.
 
         Returns
         -------
@@ -391,6 +401,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Or an iterator of them, of which some are held at a time.
 
         Returns
         -------
@@ -407,6 +418,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Or an iterator of them, of which some are held at a time.
 
         Returns
         -------
@@ -421,6 +433,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Or an iterator of them, of which some are held at a time.
 
         Returns
         -------
@@ -437,6 +450,9 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         """Logits of shape (n_texts, n_classes), from the base of the process and the adapter."""
         check_is_fitted(self)
         self._validate_params()
+        if isinstance(X, Iterator):
+            chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
+            return np.concatenate([self._logits(chunk) for chunk in chunks] or [self._logits([])])
         texts = self._check_texts(X, reset=False)
         import_libraries()
         from skqlora.finetuning import compute_logits

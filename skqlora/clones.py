@@ -333,16 +333,22 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
     )
 
 
-def refuse_missing_targets(
+def targeted_modules(
     target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
-) -> None:
-    """Try an adapter on a skeleton without weights, to refuse what a base would refuse later.
+) -> tuple[str, ...]:
+    """Name the modules that an adapter would be on, tried on a skeleton without weights.
+
+    What a base would refuse later is refused here.
 
     Parameters
     ----------
     target_modules : str or tuple of str
     skeleton : transformers.PreTrainedModel
         On the meta device; it is not changed.
+
+    Returns
+    -------
+    names : tuple of str
 
     Raises
     ------
@@ -352,7 +358,7 @@ def refuse_missing_targets(
     try:
         if not all(isinstance(target, str) for target in target_modules):
             raise TypeError("a name that is no str.")
-        _try_targets(target_modules, skeleton)
+        return _try_targets(target_modules, skeleton)
     except Exception as error:  # PEFT's ValueError, re.error ... of a user's choice
         raise ValueError(
             f"Got target_modules={target_modules!r}, which cannot be adapted: {error} Wanted: "
@@ -361,11 +367,14 @@ def refuse_missing_targets(
 
 
 @functools.lru_cache(maxsize=8)  # the candidates of a search differ in other parameters
-def _try_targets(target_modules: str | tuple[str, ...], skeleton: PreTrainedModel) -> None:
+def _try_targets(
+    target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
+) -> tuple[str, ...]:
     module = clone_module(skeleton)
     lora = LoraSettings(1, 1.0, target_modules, False, False, True)
     with library_lock, torch.device("meta"):
         inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
+    return tuple(name for name, m in module.named_modules() if isinstance(m, LoraLayer))
 
 
 def has_conv1d(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "lora_alpha": [Interval(Real, 0, None, closed="neither")],
     "lora_dropout": [Interval(Real, 0, 1, closed="left")],
     "target_modules": [str, list, tuple],
+    "layers": [StrOptions({"all"}), Interval(Integral, 1, None, closed="left"), list, tuple],
     "use_rslora": ["boolean"],
     "use_dora": ["boolean"],
     # Other starts of PEFT write to the base, which is shared.

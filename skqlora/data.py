@@ -93,15 +93,36 @@ def training_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def prediction_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Cut rows into batches by length, longest first, each of at most `max_tokens` once padded.
+def cut_by_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[slice]:
+    """Cut rows that come longest first into parts of at most `max_tokens` once padded.
 
     Parameters
     ----------
     lengths : ndarray of shape (n_rows,)
         Tokens of each row.
     max_tokens : int
-        Greatest number of rows times columns of a batch; a longer row is a batch of its own.
+        Greatest number of rows times columns of a part; a longer row is a part of its own.
+
+    Yields
+    ------
+    part : slice
+        Of the rows.
+    """
+    start = 0
+    while start < len(lengths):
+        stop = min(start + max(1, max_tokens // int(lengths[start])), len(lengths))
+        yield slice(start, stop)
+        start = stop
+
+
+def prediction_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Cut rows into batches by length, longest first, as `cut_by_tokens` does.
+
+    Parameters
+    ----------
+    lengths : ndarray of shape (n_rows,)
+        Tokens of each row.
+    max_tokens : int
 
     Yields
     ------
@@ -109,8 +130,5 @@ def prediction_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndar
         Row numbers.
     """
     order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + max(1, max_tokens // int(lengths[order[start]]))
-        yield order[start:stop]
-        start = stop
+    for part in cut_by_tokens(lengths[order], max_tokens):
+        yield order[part]

@@ -6,7 +6,8 @@ Knows nothing of labels' meaning, of scores or of callbacks. The estimator is on
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import joblib
@@ -16,10 +17,11 @@ from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerStat
 from skqlora.architecture import check_architecture, pin_revision
 from skqlora.backbone import BackboneSpec, describe_files
 from skqlora.cache import get_backbone
-from skqlora.clones import refuse_missing_targets
+from skqlora.clones import targeted_modules
 from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 from skqlora.distributed import Ranks
-from skqlora.inputs import LabelledTexts
+from skqlora.inputs import PREDICTION_CHUNK, LabelledTexts
+from skqlora.layers import modules_in_layers
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
@@ -105,7 +107,11 @@ def finetuning(
             attn_implementation=spec.attn_implementation,
             files=spec.files,
         )
-        refuse_missing_targets(lora.target_modules, architecture.skeleton)
+        targets = targeted_modules(lora.target_modules, architecture.skeleton)
+    if params.layers != "all":
+        layers = int(params.layers) if isinstance(params.layers, Integral) else params.layers
+        chosen = modules_in_layers(targets, layers, architecture.skeleton)
+        lora = replace(lora, target_modules=chosen)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
@@ -148,6 +154,9 @@ def finetuning(
 def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.ndarray:
     """Compute the logits of texts, from the base of the process and an adapter.
 
+    A text that is there several times is computed once. Token ids are made for some texts after
+    the other, so that beside texts and logits the memory stays bounded.
+
     Parameters
     ----------
     params : QLoRAClassifier
@@ -169,9 +178,15 @@ def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.n
     refuse_other_base(backbone, adapter)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     refuse_other_tokenizer(spec, tokenizer, adapter)
-    tokens = tokenizer.tokenize(texts, adapter.max_length, backbone.vocab_size)
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    different = list(places)
+    logits = []
     with TextClassifierModel.restored(backbone, adapter) as model:
-        return predict_logits(model, tokens)
+        for start in range(0, len(different), PREDICTION_CHUNK):
+            chunk = different[start : start + PREDICTION_CHUNK]
+            tokens = tokenizer.tokenize(chunk, adapter.max_length, backbone.vocab_size)
+            logits.append(predict_logits(model, tokens))
+    return np.concatenate(logits)[[places[text] for text in texts]]
 
 
 def refuse_other_tokenizer(

@@ -16,6 +16,8 @@ SEVERAL_LABELS = (
     "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
 )
 
+PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
+
 
 def check_texts(X: Any, name: str = "X") -> list[str]:
     """Turn a user's texts into a list of str.

@@ -288,19 +288,6 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def transformer_blocks(encoder: nn.Module) -> nn.ModuleList | None:
-    """Find the stack of like blocks, or None where there is not exactly one of that length."""
-    n_layers = getattr(encoder.config, "num_hidden_layers", None)
-    stacks = [
-        module
-        for module in encoder.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
-        and len({type(block) for block in module}) == 1
-    ]
-    return stacks[0] if len(stacks) == 1 else None
-
-
 def _resolve_pooling(pooling: str, backbone: Backbone) -> str:
     if pooling == "auto":
         return "last" if backbone.causal else "mean"

@@ -1,4 +1,4 @@
-"""The training loop: batches, schedule, accumulation, clipping, checkpointing.
+"""The training loop: batches, schedule, accumulation, clipping.
 
 Knows nothing of texts' or labels' meaning: rows of token ids and numbers come in, the model is
 changed in place.
@@ -7,27 +7,27 @@ changed in place.
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
-from skqlora.data import TokenizedTexts, prediction_batches, training_batches
+from skqlora.data import TokenizedTexts, cut_by_tokens, prediction_batches, training_batches
 from skqlora.device import is_out_of_memory
 from skqlora.distributed import Ranks
 from skqlora.flat import FlatParameters
-from skqlora.model import TextClassifierModel, transformer_blocks
+from skqlora.model import TextClassifierModel
 from skqlora.optimizer import make_optimizer, read_state, release, write_state
+from skqlora.recompute import checkpointed_blocks, fills_memory
 
 CHECK_EVERY = 50  # updates, for losses that are not finite
+CPU_TRAINING_TOKENS = 4096  # of a padded pass on a CPU: activations of more leave its caches
 PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
 
 
@@ -113,7 +113,11 @@ class Trainer:
         self.ranks = Ranks.current()
         self.rng = np.random.RandomState(seed)
         self.batch_rows = settings.batch_size * settings.gradient_accumulation_steps
-        self.micro_rows = settings.batch_size  # in one forward pass
+        # Of a forward pass, padded: what `batch_size` of the longest texts are. More short ones
+        # share a pass, which costs no more memory.
+        self.micro_tokens = settings.batch_size * int(tokens.lengths.max())
+        if self.device.type == "cpu":
+            self.micro_tokens = min(self.micro_tokens, CPU_TRAINING_TOKENS)
         n_steps = settings.num_train_epochs * math.ceil(len(tokens) / self.batch_rows)
         head = FlatParameters(dict(model.head.named_parameters()))
         self.segments = [*model.clone.segments, head]
@@ -138,14 +142,14 @@ class Trainer:
         self.order: dict[str, Any] = {}  # the state of `rng` when it began
         self._resumed = resumed
         self._shown: dict[str, object] = {}
-        self._last_rows = np.arange(min(len(tokens), settings.batch_size))
+        self._last_rows = np.arange(1)
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
             stack.callback(release, self.optimizer)
             if self._resumed is not None:
                 self._resume(self._resumed)
-            if _wants_checkpointing(self.model, self.settings, self.tokens):
+            if self._wants_checkpointing():
                 stack.enter_context(checkpointed_blocks(self.model.encoder))
             for segment in self.segments:
                 segment.attach_gradients()
@@ -202,7 +206,7 @@ class Trainer:
         self._refuse_divergence(unchecked, self.n_epochs + 1)
         self.model.eval()
         self.n_epochs += 1
-        self._last_rows = rows[: self.micro_rows]
+        self._last_rows = rows[next(self._parts(rows))]
         sum_of_losses = torch.stack(losses).sum()
         losses.clear()
         self.ranks.sum_up(sum_of_losses)
@@ -225,7 +229,7 @@ class Trainer:
             values=[s.leaf.detach().cpu().numpy().copy() for s in self.segments],
             optimizer=self.state(),
             n_epochs=self.n_epochs,
-            micro_rows=self.micro_rows,
+            micro_tokens=self.micro_tokens,
             epoch_losses=losses.cpu().numpy(),
             order=self.order,
             scaler=self.scaler.state_dict(),
@@ -239,7 +243,8 @@ class Trainer:
             segment.leaf.copy_(torch.from_numpy(values))
         self._resume(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
-        self.n_epochs, self.order, self.micro_rows = state.n_epochs, state.order, state.micro_rows
+        self.n_epochs, self.order = state.n_epochs, state.order
+        self.micro_tokens = state.micro_tokens
         losses = torch.tensor(state.epoch_losses, device=self.device)
         if self.ranks.rank > 0:  # the first one has the losses of all
             losses.zero_()
@@ -276,13 +281,11 @@ class Trainer:
             try:
                 loss = self._accumulate(rows)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.micro_rows = min(self.micro_rows, len(self.ranks.share(len(rows))))
-                if self.micro_rows == 1:
+                part = self.model.clock.rows
+                if not is_out_of_memory(error) or len(part) < 2:
                     raise
             if loss is None:  # outside of the handler, whose traceback holds the activations
-                self._halve_micro_batches()
+                self._halve_micro_batches(len(part), int(self.tokens.lengths[rows[part[0]]]))
         self._apply()
         self.n_updates += 1
         return loss
@@ -299,24 +302,31 @@ class Trainer:
         # weights: their sum would let a rare class count only as much as one batch does.
         n_losses = self.targets[rows].size
         share = self.ranks.share(len(rows))
-        for first in range(0, len(share), self.micro_rows):
-            clock.rows = share[first : first + self.micro_rows]
+        for part_of_share in self._parts(rows[share]):
+            clock.rows = share[part_of_share]
             part = self._loss(rows[clock.rows])
             self.scaler.scale(part / n_losses).backward()
             loss += part.detach()
         return loss
 
-    def _halve_micro_batches(self) -> None:
-        """Go on with fewer texts in a forward pass: dropout by row makes the update the same."""
-        before, self.micro_rows = self.micro_rows, (self.micro_rows + 1) // 2
+    def _parts(self, rows: np.ndarray) -> Iterator[slice]:
+        return cut_by_tokens(self.tokens.lengths[rows], self.micro_tokens)
+
+    def _halve_micro_batches(self, n_rows: int, n_tokens: int) -> None:
+        """Go on with passes of half as many rows: the update is the same."""
+        half = (n_rows + 1) // 2
+        self.micro_tokens = half * n_tokens
         if self.device.type != "cpu":
             getattr(torch, self.device.type).empty_cache()
-        n_passes = -(-self.batch_rows // self.micro_rows)
+        batch_size = max(1, self.micro_tokens // int(self.tokens.lengths.max()))
+        while self.batch_rows % batch_size:  # the update is to stay one of as many texts
+            batch_size -= 1
         warnings.warn(
-            f"Out of memory with {before} texts in a forward pass. The update is computed again "
-            f"with {self.micro_rows}, and so are those that follow: the same up to rounding, and "
-            f"slower. Pass batch_size={self.micro_rows} and gradient_accumulation_steps={n_passes} "
-            "to begin so, or a smaller max_length.",
+            f"Out of memory with {n_rows} texts of {n_tokens} tokens in a forward pass. The update "
+            f"is computed again with {half}, and so large are those that follow: the same up to "
+            f"rounding, and slower. Pass batch_size={batch_size} and "
+            f"gradient_accumulation_steps={self.batch_rows // batch_size} to begin so, or a "
+            "smaller max_length.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -361,6 +371,11 @@ class Trainer:
             strict=True,
         ):
             group["lr"] = base * factor(resumed.schedule_step)
+
+    def _wants_checkpointing(self) -> bool:
+        if self.settings.gradient_checkpointing != "auto":
+            return bool(self.settings.gradient_checkpointing)
+        return fills_memory(self.model, self.micro_tokens)
 
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float32, device=self.device)
@@ -427,70 +442,6 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
         input_ids, mask = tokens.batch(rows)
         logits[rows] = model(input_ids.to(device), mask.to(device)).cpu().numpy()
     return logits
-
-
-@contextmanager
-def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
-    """Recompute each block's activations in the backward pass instead of keeping them.
-
-    transformers' own switch acts in training mode only, which would wake the base's dropout.
-
-    Parameters
-    ----------
-    encoder : torch.nn.Module
-        A clone of a base: its blocks are changed, and on leaving changed back.
-
-    Raises
-    ------
-    ValueError
-        If the stack of blocks cannot be told.
-    """
-    blocks = transformer_blocks(encoder)
-    if blocks is None:
-        raise ValueError(
-            f"Got gradient_checkpointing=True but {type(encoder).__name__} has no single stack of "
-            "like blocks. Pass gradient_checkpointing=False."
-        )
-    # accelerate's hooks, too, are a `forward` of the block itself, over that of its class.
-    hooked = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(_checkpointed, block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, hooked, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-def _checkpointed(forward, *args, **kwargs):
-    return checkpoint(
-        partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
-    )
-
-
-def _wants_checkpointing(
-    model: TextClassifierModel, settings: TrainingSettings, tokens: TokenizedTexts
-) -> bool:
-    """Resolve "auto": when the activations of the longest batch would fill half the free memory.
-
-    Korthikanti et al. (arXiv 2205.05198, equation 2): 34 bytes for each token, feature and layer,
-    attention scores aside, which the fused kernels do not keep.
-    """
-    if settings.gradient_checkpointing != "auto":
-        return bool(settings.gradient_checkpointing)
-    device = model.backbone.spec.device
-    blocks = transformer_blocks(model.encoder)
-    if device.type == "cpu" or blocks is None:
-        return False
-    memory = getattr(torch, device.type)
-    # What torch has set aside and does not use is free too.
-    unused = memory.memory_reserved(device) - memory.memory_allocated(device)
-    free = memory.mem_get_info(device)[0] + unused
-    n_tokens = settings.batch_size * int(tokens.lengths.max())
-    return 34 * n_tokens * model.backbone.hidden_size * len(blocks) > free / 2
 
 
 def _count_warmup_steps(settings: TrainingSettings, n_steps: int) -> int:

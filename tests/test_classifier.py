@@ -22,6 +22,7 @@ from sklearn.utils.estimator_checks import check_parameters_default_constructibl
 
 from skqlora import QLoRAClassifier
 from skqlora.finetuning import training_settings
+from skqlora.training import predict_logits
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -374,3 +375,40 @@ def test_quiet_by_default_and_a_progress_bar_on_request(tmp_path, corpus, capfd)
     assert captured.out + captured.err == ""
     make_classifier(folder, verbose=1).fit(*corpus)
     assert "fit: 100%" in capfd.readouterr().err
+
+
+def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypatch):
+    texts, labels = corpus
+    clf.fit(texts, labels)
+    expected = clf.predict_proba(texts)
+    computed = []
+
+    def noting(model, tokens):
+        computed.append(len(tokens))
+        return predict_logits(model, tokens)
+
+    monkeypatch.setattr("skqlora.finetuning.predict_logits", noting)
+    monkeypatch.setattr("skqlora.finetuning.PREDICTION_CHUNK", 20)
+    repeated = np.array(texts, dtype=object).repeat(3)
+    probabilities = clf.predict_proba(repeated)
+    np.testing.assert_allclose(probabilities, expected.repeat(3, axis=0), rtol=0, atol=1e-6)
+    assert len(computed) == -(-len(set(texts)) // 20)
+    assert sum(computed) == len(set(texts))
+
+
+def test_an_iterator_of_texts_is_predicted_in_chunks(clf, corpus, monkeypatch):
+    texts, labels = corpus
+    clf.fit(texts, labels)
+    monkeypatch.setattr("skqlora.classifier.PREDICTION_CHUNK", 20)
+    for method in (clf.predict, clf.predict_proba, clf.decision_function):
+        expected = method(texts)
+        found = method(text for text in texts)
+        assert found.dtype == expected.dtype
+        if method == clf.predict:
+            np.testing.assert_array_equal(found, expected)
+        else:
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="0 sample"):
+        clf.predict(iter([]))
+    with pytest.raises(TypeError, match=r"X\[0\] = 1 "):
+        clf.predict(iter([1]))

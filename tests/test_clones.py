@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from skqlora import clones as clones_module
 from skqlora.architecture import check_architecture
-from skqlora.clones import AdaptedClone, ClonePool, refuse_missing_targets
+from skqlora.clones import AdaptedClone, ClonePool, targeted_modules
 from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel
 from skqlora.training import predict_logits
@@ -136,7 +136,7 @@ def test_target_modules_that_fit_nothing_are_refused_on_the_skeleton(encoder, ta
     skeleton = check_architecture(encoder, None, quantized=True).skeleton
     for _ in range(2):
         with pytest.raises(ValueError, match=r"target_modules=.* cannot be adapted"):
-            refuse_missing_targets(targets, skeleton)
+            targeted_modules(targets, skeleton)
     assert not any("lora" in name for name, _ in skeleton.named_modules())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -325,37 +326,38 @@ def test_whatever_happened_to_a_checkpoint_it_is_refused(
         clf.fit(*corpus)
 
 
-def test_a_fit_out_of_memory_comes_to_the_same(model, corpus):
-    params = {"batch_size": 8, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
-    expected = make_classifier(model, **params).fit(*corpus)
+def out_of_memory_above(monkeypatch, n_tokens):
+    """Let a forward pass of more tokens, padding included, run out of memory in training."""
     forward = TextClassifierModel.forward
 
-    def out_of_memory_above(self, input_ids, attention_mask):
-        if self.training and len(input_ids) > 3:
+    def limited(self, input_ids, attention_mask):
+        if self.training and input_ids.numel() > n_tokens:
             raise torch.OutOfMemoryError("injected")
         return forward(self, input_ids, attention_mask)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextClassifierModel, "forward", out_of_memory_above)
-        with pytest.warns(RuntimeWarning, match="Out of memory") as warned:
-            recovered = make_classifier(model, **params).fit(*corpus)
-    assert "batch_size=2 and gradient_accumulation_steps=8" in str(warned[-1].message)
+    monkeypatch.setattr(TextClassifierModel, "forward", limited)
+
+
+def test_a_fit_out_of_memory_comes_to_the_same(model, corpus, monkeypatch):
+    params = {"batch_size": 8, "gradient_accumulation_steps": 2, "lora_dropout": 0.2}
+    expected = make_classifier(model, **params).fit(*corpus)
+    out_of_memory_above(monkeypatch, 25)
+    with pytest.warns(RuntimeWarning, match="Out of memory") as warned:
+        recovered = make_classifier(model, **params).fit(*corpus)
     difference = np.abs(trained_values(recovered) - trained_values(expected)).max()
     assert difference < 1e-4 * np.abs(trained_values(expected)).max()
+    advice = r"Pass batch_size=(\d+) and gradient_accumulation_steps=(\d+)"
+    batch_size, n_passes = map(int, re.search(advice, str(warned[-1].message)).groups())
+    assert batch_size * n_passes == 16
+    params |= {"batch_size": batch_size, "gradient_accumulation_steps": n_passes}
+    assert_equal_adapters(make_classifier(model, **params).fit(*corpus), recovered)  # no warning
 
 
 def test_after_a_resume_the_batches_that_fit_stay(encoder, corpus, checkpoints):
     params = checkpoints | {"checkpoint_every": 2}
     clf = make_classifier(encoder, **params)
-    forward = TextClassifierModel.forward
-
-    def out_of_memory_above(self, input_ids, attention_mask):
-        if self.training and len(input_ids) > 3:
-            raise torch.OutOfMemoryError("injected")
-        return forward(self, input_ids, attention_mask)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TextClassifierModel, "forward", out_of_memory_above)
+        out_of_memory_above(patch, 25)
         with pytest.warns(RuntimeWarning, match="Out of memory"):
             fit_interrupted(clf, corpus, 5)
         assert fit_interrupted(clf, corpus, None)[0] == 4  # and no warning

@@ -22,13 +22,10 @@ from transformers import get_scheduler
 from skqlora.backbone import Backbone
 from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
-from skqlora.model import TextClassifierModel, transformer_blocks
-from skqlora.training import (
-    Trainer,
-    _count_warmup_steps,
-    _wants_checkpointing,
-    scaled_learning_rate,
-)
+from skqlora.layers import transformer_blocks
+from skqlora.model import TextClassifierModel
+from skqlora.recompute import fills_memory
+from skqlora.training import Trainer, _count_warmup_steps, scaled_learning_rate
 
 TARGETS = np.arange(32) % 3
 
@@ -181,16 +178,12 @@ def test_auto_checkpointing_asks_for_the_free_memory(decoder, monkeypatch):
         backbone=SimpleNamespace(spec=spec, hidden_size=64), encoder=backbone.module
     )
     needed = 34 * 16 * 100 * 64 * 2  # bytes x rows x tokens x features x layers
-    tokens = TokenizedTexts([np.arange(100)], pad_id=0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for free, expected in [(2 * needed - 2000, True), (2 * needed, False)]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-        settings = make_settings(gradient_checkpointing="auto")
-        assert _wants_checkpointing(model, settings, tokens) is expected
-    assert not _wants_checkpointing(
-        SimpleNamespace(backbone=backbone, encoder=backbone.module), settings, tokens
-    )
+        assert fills_memory(model, 1600) is expected
+    assert not fills_memory(SimpleNamespace(backbone=backbone, encoder=backbone.module), 1600)
 
 
 def test_warmup_is_a_number_or_a_share_of_the_steps():
@@ -272,6 +265,23 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
         recovered = adapter_after(backbone, **settings)
     np.testing.assert_allclose(recovered, expected, rtol=1e-4, atol=1e-5)
     assert sizes[:3] == [16, 8, 4]  # and the first update begins again each time
+
+
+def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
+    tokens = TokenizedTexts([np.full(n, 7) for n in [30] * 4 + [10] * 10 + [2] * 2], pad_id=0)
+    shapes = []
+    forward = TextClassifierModel.forward
+
+    def noting(self, input_ids, attention_mask):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(TextClassifierModel, "forward", noting)
+    model = make_model(backbone, LORA, 3, "auto")
+    settings = make_settings(batch_size=2, gradient_accumulation_steps=8)
+    train(model, tokens, TARGETS[:16], settings)
+    # No pass is larger than two of the longest texts.
+    assert shapes[:-1] == [(2, 30), (2, 30), (6, 10), (6, 10)]  # and the look at the last loss
 
 
 def test_another_error_is_no_lack_of_memory(backbone, monkeypatch):

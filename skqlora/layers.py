@@ -1,0 +1,76 @@
+"""The stack of a model's layers, and the modules of some of them.
+
+Knows nothing of adapters.
+"""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+
+def transformer_blocks(encoder: nn.Module) -> nn.ModuleList | None:
+    """Find the stack of like blocks, or None where there is not exactly one of that length."""
+    stacks = list(_stacks(encoder).values())
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def modules_in_layers(
+    names: Iterable[str], layers: int | Sequence[int], encoder: Any
+) -> tuple[str, ...]:
+    """Choose those of some modules that are in some of a model's layers.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Of modules of the model.
+    layers : int or sequence of int
+        That many at the end, or those of these numbers; negative ones count from the end.
+    encoder : transformers.PreTrainedModel
+
+    Returns
+    -------
+    chosen : tuple of str
+
+    Raises
+    ------
+    ValueError
+        If the layers of the model cannot be told, it has fewer, or none of the modules is in them.
+    """
+    stacks = _stacks(encoder)
+    if len(stacks) != 1:
+        raise ValueError(
+            f"Got layers={layers!r}, but {type(encoder).__name__} has no single stack of like "
+            "layers. Pass layers='all', or choose by target_modules."
+        )
+    [(stack, blocks)] = stacks.items()
+    wanted: Sequence[int] = range(-layers, 0) if isinstance(layers, int) else layers
+    wrong = [
+        i for i in wanted if not isinstance(i, Integral) or not -len(blocks) <= i < len(blocks)
+    ]
+    if wrong or not len(wanted):
+        raise ValueError(
+            f"Got layers={layers!r}, but the model has {len(blocks)} layers. Wanted: at most that "
+            f"many, or a list of numbers from 0 to {len(blocks) - 1}, or of negative ones that "
+            "count from the end."
+        )
+    prefixes = tuple(f"{stack}.{i % len(blocks)}." for i in wanted)
+    chosen = tuple(name for name in names if name.startswith(prefixes))
+    if not chosen:
+        raise ValueError(
+            f"Got layers={layers!r}, but what target_modules names is in none of them. Pass other "
+            "layers, or target_modules='all-linear'."
+        )
+    return chosen
+
+
+def _stacks(encoder: Any) -> dict[str, nn.ModuleList]:
+    n_layers = getattr(encoder.config, "num_hidden_layers", None)
+    return {
+        name: module
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and len({type(block) for block in module}) == 1
+    }
