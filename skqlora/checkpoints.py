@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import joblib
 import numpy as np
 import safetensors.numpy
-from filelock import FileLock, Timeout
 
 from skqlora.adapter import AdapterState, TrainerState
 from skqlora.folders import written_folder
@@ -117,35 +117,42 @@ class Checkpoints:
     """
 
     def __init__(self, estimator: Any, identity: Any, n_threads: int):
+        from skqlora.processes import lock_of_machine  # loads torch
+
         params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
         versions = [importlib.metadata.version(name) for name in PACKAGES]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
         self._n_threads = n_threads
-        self._lock = FileLock(self._folder.with_suffix(".lock"), timeout=0, thread_local=False)
+        # Not in the folder itself, which may be on a network disk that knows no locks.
+        self._lock = lock_of_machine(f"fit-{self._key}")
 
     def lock(self) -> bool:
         """Keep equal fits out until `unlock`, or until this process ends; or warn and return False.
 
-        Two candidates of a search may be equal, or a script started twice.
+        Two candidates of a search may be equal, or a script started twice on a machine.
         """
         try:
             self._lock.acquire()
-        except Timeout:
+        except TimeoutError:
             warnings.warn(
                 f"Another fit, of the same data with the same parameters, has its checkpoints in "
-                f"{str(self._folder)!r} now. This one goes on without any.",
+                f"{str(self._folder)!r} now (and holds {self._lock.lock_file!r}). This one goes on "
+                "without any.",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return False
+        except OSError:  # another user's file, or no folder to write to
+            pass
         return True
 
     def unlock(self) -> None:
         """Let another fit have the folder."""
         if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes it itself
+                os.unlink(self._lock.lock_file)
             self._lock.release()
 
     def read(self) -> Checkpoint | None:

@@ -1,7 +1,9 @@
 """Where a model computes, in what precision, and whether there is too little memory for it."""
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+
+# Of errors without a type of their own: of CUDA, of cuBLAS and cuDNN, of the CPU's allocator.
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -76,12 +78,9 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether less at once may work: not all of torch's allocators and libraries have a type."""
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or should_reduce_batch_size(error)
-        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    )
+    """Whether less at once may work."""
+    typed = isinstance(error, torch.OutOfMemoryError)
+    return typed or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _cpu_multiplies_bfloat16() -> bool:

@@ -3,6 +3,7 @@
 Knows nothing of how files are put in their place.
 """
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -13,7 +14,12 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from skqlora.adapter import AdapterState, LoraSettings
@@ -122,7 +128,7 @@ def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except safetensors.SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"The merged model could not be written: {error}") from error
+        raise OSError(errno.EIO, f"The merged model could not be written: {error}") from error
 
 
 def write_peft(estimator: Any, folder: Path) -> None:
@@ -130,7 +136,7 @@ def write_peft(estimator: Any, folder: Path) -> None:
     adapter: AdapterState = estimator.adapter_
     spec = _checked_base(estimator).spec
     model, revision = os.fspath(estimator.model), spec.revision
-    stock, base, head_name = _stock_skeleton(model, revision, adapter.pooling)
+    stock, base, head_name = _stock_skeleton(read_config(model, revision), adapter.pooling)
     write_adapter(
         folder,
         adapter.lora,
@@ -274,8 +280,9 @@ def read_peft_weights(
         )
     pooling = next(pooling for pooling, head in HEADS.items() if head == head_name)
     spec = backbone_spec(estimator)
+    base_config = read_config(spec.model, spec.revision)
     try:
-        _, base, _ = _stock_skeleton(spec.model, spec.revision, pooling)
+        _, base, _ = _stock_skeleton(base_config, pooling)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)!r} has a head named {head_name!r}, which model={spec.model!r} has "
@@ -343,11 +350,9 @@ def _sorted_by_class(adapter: AdapterState, classes: Any) -> tuple[np.ndarray, A
     return labels[order], replace(adapter, head_tensors=head_tensors)
 
 
-def _stock_skeleton(
-    model: str, revision: str | None, pooling: str
-) -> tuple[PreTrainedModel, str, str]:
+def _stock_skeleton(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel, str, str]:
     with torch.device("meta"):  # every shape and no weight
-        return stock_model(read_config(model, revision), pooling)
+        return stock_model(config, pooling)
 
 
 def _file_of(path: str | os.PathLike, name: str) -> Path:

@@ -58,8 +58,9 @@ def written_folder(
         _move(folder, target, replaceable)
         _flush(target.parent)
     except OSError as error:
-        if error.errno is not None:  # a full disk does not say where, a refusal names `folder`
-            error.filename = str(target)
+        # A full disk does not say where, and a refusal names the hidden folder.
+        if error.errno is not None and str(error.filename or folder).startswith(str(folder)):
+            error.filename, error.filename2 = str(target), None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced

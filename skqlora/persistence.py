@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,15 +260,16 @@ class PersistenceMixin:
 
         check_is_fitted(self)
         import_libraries()  # PEFT writes its own configuration
-        fitted, parameters = vars(self), self.get_params(deep=False)
-        same = self.adapter_.model == os.fspath(self.model)
-        revision = self.adapter_.revision if same else self.revision
+        parameters, model = self.get_params(deep=False), os.fspath(self.model)
+        revision = self.adapter_.revision if self.adapter_.model == model else self.revision
+        adapter = replace(self.adapter_, model=model, revision=revision)
+        fitted = vars(self) | {"adapter_": adapter}
         with written_folder(path, ALL_FILES if overwrite else None) as folder:
             write_adapter(
                 folder,
                 self.adapter_.lora,
                 self.adapter_.lora_tensors,
-                model=os.fspath(self.model),
+                model=model,
                 revision=revision,
                 lora_dropout=self.lora_dropout,
             )
@@ -288,7 +290,7 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
     if aside is not None:
         raise NotADirectoryError(
             f"Got path={str(folder)!r}, where nothing is: a write to it was cut off between two "
-            f"renames. Rename {str(aside)!r} to it, which is what was there before."
+            f"renames. What was there before may be {str(aside)!r}: if so, rename it."
         )
     if folder.exists() or folder.is_absolute() or not REPOSITORY.fullmatch(os.fspath(path)):
         raise NotADirectoryError(
@@ -301,7 +303,9 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
         found = snapshot_download(
             os.fspath(path), revision=revision, allow_patterns=list(ALL_FILES)
         )
-    except OSError as error:  # the Hub's own errors are such, and do not name the path
+    except OSError as error:
+        if error.errno is not None:  # of the disk; the Hub's own have none, and name no path
+            raise
         raise FileNotFoundError(
             f"Got path={os.fspath(path)!r}. There is no such folder in {os.getcwd()!r}, and it "
             f"could not be read from the Hugging Face Hub: {error}"

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 _threaded_process: int | None = None  # the process that has computed on several threads
 _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU's UUID
@@ -53,10 +53,10 @@ def warn_if_gpu_is_shared(device: torch.device) -> None:
     with _lock:
         if uuid in _gpu_locks:
             return
-        _gpu_locks[uuid] = gpu_lock(uuid)
+        _gpu_locks[uuid] = lock_of_machine(uuid)
         try:
-            _gpu_locks[uuid].acquire(timeout=0)
-        except Timeout:
+            _gpu_locks[uuid].acquire()
+        except TimeoutError:
             warnings.warn(
                 f"Another process has loaded a base on {device} too: each holds one of its own, "
                 "and they take turns at computing. Pass n_jobs=1, or take threads, which share one "
@@ -68,7 +68,7 @@ def warn_if_gpu_is_shared(device: torch.device) -> None:
             pass
 
 
-def gpu_lock(uuid: str) -> FileLock:
-    """Return the lock that the first process on a GPU holds."""
-    path = Path(tempfile.gettempdir()) / f"skqlora-{uuid}.lock"
-    return FileLock(path, thread_local=False)
+def lock_of_machine(name: str) -> FileLock:
+    """Make a lock that one process of this machine may hold: `acquire` raises TimeoutError."""
+    path = Path(tempfile.gettempdir()) / f"skqlora-{name}.lock"
+    return FileLock(path, timeout=0, thread_local=False)

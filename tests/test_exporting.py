@@ -287,6 +287,8 @@ def test_a_reward_model_and_wrong_classes_are_refused(tiny_model, texts, labels,
     with pytest.raises(ValueError, match="the base wants"):
         QLoRAClassifier.from_peft(tmp_path / "peft", model=other)
     fit(tiny_model, "bert", texts, labels, num_train_epochs=1).to_peft(tmp_path / "bert")
+    with pytest.raises(ValueError, match="does not exist"):
+        QLoRAClassifier.from_peft(tmp_path / "bert", model=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"head named 'classifier', which model=.* has not"):
         QLoRAClassifier.from_peft(tmp_path / "bert", model=tiny_model("llama"))
 

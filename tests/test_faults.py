@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -300,7 +301,7 @@ def test_two_equal_fits_do_not_share_their_checkpoints(encoder, corpus, checkpoi
     before = (folder / "checkpoint.json").read_bytes()
     other = make_classifier(encoder, **checkpoints)
     with (
-        FileLock(folder.with_suffix(".lock")),  # as a fit in another process has
+        FileLock(Path(tempfile.gettempdir()) / f"skqlora-{folder.name}.lock"),  # as a fit has
         pytest.warns(RuntimeWarning, match="Another fit.*goes on without"),
     ):
         assert fit_interrupted(other, corpus, None)[0] == 0
@@ -308,6 +309,19 @@ def test_two_equal_fits_do_not_share_their_checkpoints(encoder, corpus, checkpoi
     assert fit_interrupted(clf, corpus, None)[0] == 4
     assert_equal_adapters(clf, other)
     assert list(folder.parent.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_had_or_removed_ends_no_fit(encoder, corpus, checkpoints):
+    expected = make_classifier(encoder, batch_size=12).fit(*corpus)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("filelock.FileLock.acquire", "skqlora.checkpoints.os.unlink"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, refuse)
+            clf = make_classifier(encoder, **checkpoints).fit(*corpus)
+        assert_equal_adapters(clf, expected)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

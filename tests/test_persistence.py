@@ -411,7 +411,9 @@ def test_whatever_the_optimizer_file_holds_only_our_errors_come_out(
 
 def test_a_write_that_was_cut_off_is_named(fitted, tmp_path):
     fitted.save(tmp_path / ".clf.1.old.tmp")
-    with pytest.raises(NotADirectoryError, match=r"Rename '.*\.clf\.1\.old\.tmp' to it"):
+    with pytest.raises(
+        NotADirectoryError, match=r"may be '.*\.clf\.1\.old\.tmp': if so, rename it"
+    ):
         QLoRAClassifier.load(tmp_path / "clf")
     (tmp_path / ".clf.1.old.tmp").rename(tmp_path / "clf")
     assert_equal_adapters(QLoRAClassifier.load(tmp_path / "clf"), fitted)

@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from skqlora import backbone_cache_info, processes
-from skqlora.processes import gpu_lock, warn_if_gpu_is_shared
+from skqlora.processes import lock_of_machine, warn_if_gpu_is_shared
 
 
 def run(script, *arguments):
@@ -133,7 +133,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 HOLD = (
-    "from skqlora.processes import gpu_lock; lock = gpu_lock('GPU-0123')\n"
+    "from skqlora.processes import lock_of_machine; lock = lock_of_machine('GPU-0123')\n"
     "lock.acquire(); print(flush=True); input()"
 )
 
@@ -155,7 +155,7 @@ def test_only_process_on_a_gpu_is_not_warned_and_holds_it(gpu):
         warn_if_gpu_is_shared(gpu)
     assert processes._gpu_locks["GPU-0123"].is_locked
     with pytest.raises(Timeout):
-        gpu_lock("GPU-0123").acquire(timeout=0)
+        lock_of_machine("GPU-0123").acquire(timeout=0)
     warn_if_gpu_is_shared(torch.device("cpu"))
     assert list(processes._gpu_locks) == ["GPU-0123"]
     processes._gpu_locks["GPU-0123"].release()

@@ -243,6 +243,7 @@ def test_hooks_of_a_clone_act_on_the_clone(split):
     [
         (5, torch.OutOfMemoryError("injected")),
         (1, RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory")),
+        (1, RuntimeError("CUDA error: out of memory\nCompile with ...")),
         (1, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
     ],
 )
@@ -286,7 +287,7 @@ def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
 
 def test_another_error_is_no_lack_of_memory(backbone, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("injected")
+        raise RuntimeError(ValueError("injected"))  # whose argument is no str
 
     monkeypatch.setattr(TextClassifierModel, "forward", fail)
     with pytest.raises(RuntimeError, match="injected"):
