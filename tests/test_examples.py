@@ -121,3 +121,26 @@ def test_benchmark_of_a_search(encoder, tmp_path):
         "| a fit here equals one in a fresh process | bit for bit | bit for bit |" in result.stdout
     )
     assert len(json.loads(output.read_text())["rows"]) == 14
+
+
+def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
+    (tmp_path / "trec6").mkdir()
+    for part in ("train", "test"):
+        with (tmp_path / "trec6" / f"{part}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *zip(*corpus, strict=True)])
+    output = tmp_path / "figures.json"
+    script = EXAMPLES / "benchmarks" / "bench_fit_predict.py"
+    options = ["--data", tmp_path, "--works", "trec6", "--model", encoder, "--repeats", "1"]
+    result = subprocess.run(
+        [sys.executable, script, *options, "--output", output],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "| trec6 | fit, s | " in result.stdout
+    ours, peer = json.loads(output.read_text())["runs"]
+    assert (ours["side"], peer["side"]) == ("ours", "peer")
+    assert all(0 < run["padded_share"] < 1 for run in (ours, peer))
+    # Both see each token once an epoch.
+    n_tokens = [run["tokens_per_s"] * run["fit_s"] for run in (ours, peer)]
+    assert n_tokens[0] == pytest.approx(n_tokens[1], rel=0.2)
