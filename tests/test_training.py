@@ -282,7 +282,7 @@ def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
     settings = make_settings(batch_size=2, gradient_accumulation_steps=8)
     train(model, tokens, TARGETS[:16], settings)
     # No pass is larger than two of the longest texts.
-    assert shapes[:-1] == [(2, 30), (2, 30), (6, 10), (6, 10)]  # and the look at the last loss
+    assert shapes[:-1] == [(2, 30), (2, 30), (6, 10), (6, 10)]  # and a look at the last weights
 
 
 def test_another_error_is_no_lack_of_memory(backbone, monkeypatch):
