@@ -47,7 +47,9 @@ def main():
     options = parse_arguments()
     runs = []
     for name in options.works:
-        work = WORKS[name] | {"name": name, "batch_size": options.batch_size}
+        work = WORKS[name] | {"batch_size": options.batch_size}
+        if options.rows is not None:
+            work |= {"rows": options.rows, "test_rows": options.rows}
         for seed in range(options.repeats):
             table = read_table(options.data / name, work, seed)
             for side in (run_ours, run_peer):
@@ -69,6 +71,7 @@ def parse_arguments():
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
     parser.add_argument("--repeats", type=int, default=3, help="each with another seed")
+    parser.add_argument("--rows", type=int, help="of each table, for a shorter run")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("bench_fit_predict.json"))
     options = parser.parse_args()
