@@ -68,8 +68,8 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Layers that get an adapter: all, those whose name matches a regular expression, or those
         whose name ends so.
     layers : "all", int or list of int, default="all"
-        Of which of the model's layers: all, that many at the end, or those of these numbers. Only
-        few at the end are faster to train, and often nearly as good.
+        Of which of the model's layers: all, that many at the end, or those of these numbers. Few at
+        the end are faster to train: no gradient is computed before the first of them.
     use_rslora : bool, default=False
         Scale by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False

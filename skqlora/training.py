@@ -27,7 +27,7 @@ from skqlora.optimizer import make_optimizer, read_state, release, write_state
 from skqlora.recompute import checkpointed_blocks, fills_memory
 
 CHECK_EVERY = 50  # updates, for losses that are not finite
-CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: activations of more leave its caches
+CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores
 PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
 
 

@@ -375,3 +375,6 @@ def test_after_a_resume_the_batches_that_fit_stay(encoder, corpus, checkpoints):
         with pytest.warns(RuntimeWarning, match="Out of memory"):
             fit_interrupted(clf, corpus, 5)
         assert fit_interrupted(clf, corpus, None)[0] == 4  # and no warning
+        with pytest.warns(RuntimeWarning, match="Out of memory"):
+            whole = make_classifier(encoder, **params).fit(*corpus)
+    assert_equal_adapters(clf, whole)

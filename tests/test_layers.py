@@ -8,8 +8,6 @@ from sklearn.model_selection import GridSearchCV
 
 from skqlora import QLoRAClassifier
 
-N_LAYERS = 2  # of the tiny models
-
 
 def layers_of(clf):
     """Numbers of the layers that have an adapter."""

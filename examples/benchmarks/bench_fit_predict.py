@@ -2,7 +2,9 @@
 Fit and predict, this package against what tutorials teach: transformers' Trainer with PEFT.
 
 Both fine-tune the same 4-bit base with the same texts, epochs, batches, LoRA and learning rate, in
-turn, each time in a fresh process. Prints a Markdown table and writes every run as JSON::
+turn, each time in a fresh process. The rest is as each has it: the peer pools and ends as
+Transformers' class for sequence classification does, and has one rate for all. Prints a Markdown
+table and writes every run as JSON::
 
     python bench_fit_predict.py --data folder     # of r8/train.csv, r8/test.csv, trec6/...
     python bench_fit_predict.py --data folder --works trec6 --repeats 1 --model my-base
@@ -88,13 +90,18 @@ def read_table(folder, work, seed):
     order = rng.permutation(len(train[0]))
     if "rows_per_class" in work:
         labels = np.array(train[1])[order]
-        order = np.concatenate(
-            [order[labels == label][: work["rows_per_class"]] for label in np.unique(labels)]
+        order = rng.permutation(
+            np.concatenate(
+                [order[labels == label][: work["rows_per_class"]] for label in np.unique(labels)]
+            )
         )
-    chosen = rng.permutation(order[: work.get("rows")])
+    chosen = order[: work.get("rows")]
     tested = np.random.RandomState(0).permutation(len(test[0]))[: work["test_rows"]]
-    return [[column[i] for i in rows] for part, rows in ((train, chosen), (test, tested))
-            for column in part]  # fmt: skip
+    return [
+        [column[i] for i in rows]
+        for part, rows in ((train, chosen), (test, tested))
+        for column in part
+    ]
 
 
 def read_csv(path):
@@ -126,7 +133,6 @@ def run_ours(model, work, table, seed):
         num_train_epochs=work["epochs"],
         max_length=work["max_length"],
         batch_size=work["batch_size"],
-        pooling="auto",
         random_state=seed,
     )
     with counted_tokens("skqlora.data.TokenizedTexts.batch") as counts:
