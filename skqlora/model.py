@@ -59,24 +59,29 @@ class RowDropout(nn.Module):
         super().__init__()
         self.p, self.seed, self.layer = p, seed, layer
         self.row_axis, self.clock = row_axis, clock
+        self._keep, self._step = torch.empty(0), -1  # the mask of an update, and which it is of
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop features, the last axis, of the activations of a micro-batch."""
         if not self.training:
             return x
-        clock = self.clock
-        words = np.random.SeedSequence([self.seed, clock.step, self.layer]).generate_state(2)
-        generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-        keep = torch.empty(
-            clock.batch_rows, x.shape[-1], dtype=torch.float32, device=x.device
-        ).bernoulli_(1 - self.p, generator=generator)
-        keep = keep[torch.from_numpy(clock.rows).to(x.device)]
+        if self._step != self.clock.step:
+            self._keep, self._step = self._draw(x), self.clock.step
+        rows = self.clock.rows
+        keep = self._keep[torch.from_numpy(rows).to(x.device)]
         # (n_rows, n_features), once for each token where rows and tokens share the axis
-        repeats = x.shape[self.row_axis] // len(clock.rows)
-        scale = (keep / (1 - self.p)).repeat_interleave(repeats, 0)
+        scale = (keep / (1 - self.p)).repeat_interleave(x.shape[self.row_axis] // len(rows), 0)
         shape = [1] * x.ndim
         shape[self.row_axis], shape[-1] = scale.shape
         return x * scale.to(x.dtype).view(shape)
+
+    def _draw(self, x: torch.Tensor) -> torch.Tensor:
+        """Draw what is kept of all rows of the update, of shape (batch_rows, n_features), bool."""
+        clock = self.clock
+        words = np.random.SeedSequence([self.seed, clock.step, self.layer]).generate_state(2)
+        generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        keep = torch.empty(clock.batch_rows, x.shape[-1], dtype=torch.float32, device=x.device)
+        return keep.bernoulli_(1 - self.p, generator=generator).bool()
 
 
 class TextClassifierModel(nn.Module):
