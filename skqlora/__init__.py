@@ -3,6 +3,7 @@
 from skqlora.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.classifier import QLoRAClassifier
 from skqlora.display import LossCurveDisplay
+from skqlora.estimate import estimate_memory
 from skqlora.versions import show_versions
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "QLoRAClassifier",
     "backbone_cache_info",
     "clear_backbone_cache",
+    "estimate_memory",
     "show_versions",
 ]
 

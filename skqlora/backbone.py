@@ -113,7 +113,7 @@ class Backbone:
                 spec.model,
                 revision=spec.revision,
                 quantization_config=_quantization_config(spec),
-                dtype=_storage_dtype(spec),
+                dtype=storage_dtype(spec),
                 **_placement(spec),
                 attn_implementation=spec.attn_implementation,
                 use_safetensors=True,
@@ -236,7 +236,7 @@ def _refuse_offloading(spec: BackboneSpec, module: PreTrainedModel) -> None:
         )
 
 
-def _storage_dtype(spec: BackboneSpec) -> torch.dtype:
+def storage_dtype(spec: BackboneSpec) -> torch.dtype:
     """Dtype of what is not quantized: embeddings and norms, or everything."""
     if spec.quantization is None:
         return spec.compute_dtype

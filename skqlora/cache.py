@@ -60,6 +60,13 @@ class _BackboneCache:
                 backbone = self._find(spec) or self._load(spec, verbose)
         return backbone
 
+    def count_reusable_bytes(self, spec: "BackboneSpec") -> int:
+        with self._lock:
+            bases = [self._bases[spec]] if spec in self._bases else []
+            if not bases and spec.device.type != "cpu":  # where all go if the next does not fit
+                bases = [b for other, b in self._bases.items() if other.device == spec.device]
+            return sum(backbone.nbytes for backbone in bases)
+
     def clear(self) -> None:
         with self._lock:
             self._bases.clear()
@@ -200,6 +207,11 @@ def get_backbone(spec: "BackboneSpec", *, verbose: bool = False) -> "Backbone":
     return _cache.get(spec, verbose=verbose)
 
 
+def count_reusable_bytes(spec: "BackboneSpec") -> int:
+    """Count the bytes in use that a fit on the base of `spec` would not take anew."""
+    return _cache.count_reusable_bytes(spec)
+
+
 def clear_backbone_cache():
     """Forget the bases that this process keeps, their clones, tokenizers and tokenized texts.
 
@@ -209,8 +221,10 @@ def clear_backbone_cache():
     if "torch" in sys.modules:  # else nothing was ever loaded
         from skqlora.architecture import check_architecture
         from skqlora.tokenization import load_tokenizer
+        from skqlora.tracing import trace_training
 
         check_architecture.cache_clear()
+        trace_training.cache_clear()
         load_tokenizer.cache_clear()
         _cache.clear()
 

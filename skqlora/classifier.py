@@ -70,6 +70,9 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
     layers : "all", int or list of int, default="all"
         Of which of the model's layers: all, that many at the end, or those of these numbers. Few at
         the end are faster to train: no gradient is computed before the first of them.
+    cache_dtype : "auto", "bfloat16" or None, default="auto"
+        Layers before the first adapted one are computed once for each text and kept in this
+        precision, "auto" their own. None computes them in each epoch: slower, less memory.
     use_rslora : bool, default=False
         Scale by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False
@@ -92,7 +95,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         `batch_size`, the texts of one update, is split.
     gradient_checkpointing : "auto" or bool, default="auto"
         Recompute activations instead of keeping them: less memory, about a third more time.
-        "auto" does so on a GPU if they would take over half of the free memory.
+        "auto" does so where `skqlora.estimate_memory` says that the fit would not fit else.
     learning_rate : float or "auto", default="auto"
         Peak rate of LoRA. "auto" follows the width of the model: see Notes.
     head_learning_rate : float or "auto", default="auto"
@@ -220,6 +223,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         lora_dropout=0.05,
         target_modules="all-linear",
         layers="all",
+        cache_dtype="auto",
         use_rslora=False,
         use_dora=False,
         init_lora_weights=True,
@@ -260,6 +264,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         self.lora_dropout = lora_dropout
         self.target_modules = target_modules
         self.layers = layers
+        self.cache_dtype = cache_dtype
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init_lora_weights = init_lora_weights
@@ -317,6 +322,9 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         ValueError, TypeError
             For input or parameters that cannot work; before a model is loaded where that is
             possible to tell.
+        MemoryError
+            If not even the smallest passes would fit: with what would take how much. No model is
+            loaded then.
         FloatingPointError
             If the training diverges. Then the classifier is that of the last epoch before, if
             there is one: `n_iter_` says.

@@ -20,6 +20,7 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "lora_dropout": [Interval(Real, 0, 1, closed="left")],
     "target_modules": [str, list, tuple],
     "layers": [StrOptions({"all"}), Interval(Integral, 1, None, closed="left"), list, tuple],
+    "cache_dtype": [StrOptions({"auto", "bfloat16"}), None],
     "use_rslora": ["boolean"],
     "use_dora": ["boolean"],
     # Other starts of PEFT write to the base, which is shared.

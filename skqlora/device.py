@@ -6,8 +6,18 @@ import torch
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, *, here: bool = True) -> torch.device:
     """Turn "auto" or a torch device name into a device that QLoRA can train on.
+
+    Parameters
+    ----------
+    device : str
+    here : bool, default=True
+        Whether it has to be on this machine.
+
+    Returns
+    -------
+    resolved : torch.device
 
     Raises
     ------
@@ -28,7 +38,10 @@ def resolve_device(device: str) -> torch.device:
             f"Got device={device!r}, but bitsandbytes cannot train a 4-bit model on "
             f"{resolved.type!r} devices. Pass device='cpu', or 'cuda' or 'xpu' where there is one."
         )
-    if not _is_available(resolved.type, resolved.index or 0):
+    available = _is_available(resolved.type, resolved.index or 0)
+    if not available and not here:
+        return resolved
+    if not available:
         raise ValueError(
             f"Got device={device!r}, but torch sees no such device here. Pass device='auto' to "
             "take what there is, or install a torch built for it."
@@ -70,7 +83,7 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
         return getattr(torch, compute_dtype)
     if device.type == "cpu":
         return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
-    if device.type == "cuda":
+    if device.type == "cuda" and _is_available("cuda"):
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 return torch.float16

@@ -4,29 +4,46 @@ Knows nothing of labels' meaning, of scores or of callbacks. The estimator is on
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import joblib
 import numpy as np
+import torch
 
 from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
-from skqlora.architecture import check_architecture, pin_revision
+from skqlora.architecture import Architecture, check_architecture, pin_revision
 from skqlora.backbone import BackboneSpec, describe_files
-from skqlora.cache import get_backbone
+from skqlora.cache import count_reusable_bytes, get_backbone
 from skqlora.clones import targeted_modules
+from skqlora.data import TokenizedTexts
 from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 from skqlora.distributed import Ranks
 from skqlora.inputs import PREDICTION_CHUNK, LabelledTexts
 from skqlora.layers import modules_in_layers
+from skqlora.memory import (
+    MemoryEstimate,
+    choose_checkpointing,
+    estimate_training,
+    free_memory,
+)
 from skqlora.model import TextClassifierModel, refuse_other_base
+from skqlora.prefix import CachedPrefix, cached_prefix
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
 from skqlora.tokenization import CachingTokenizer, load_tokenizer
-from skqlora.training import Trainer, TrainingSettings, predict_logits, scaled_learning_rate
+from skqlora.tracing import UntraceableError
+from skqlora.training import (
+    Trainer,
+    TrainingSettings,
+    largest_pass,
+    predict_logits,
+    scaled_learning_rate,
+)
 
 AUTO_MAX_LENGTH = 512  # tokens
 HEAD_RATE_FACTOR = 5.0  # of the head's learning rate over LoRA's
@@ -98,30 +115,28 @@ def finetuning(
     run : Finetuning
     """
     refuse_fork_of_threads()
-    spec, lora = backbone_spec(params, start), lora_settings(params)
-    with muted(progress_bars=bool(params.verbose)):
-        architecture = check_architecture(
-            spec.model,
-            spec.revision,
-            quantized=spec.quantization is not None,
-            attn_implementation=spec.attn_implementation,
-            files=spec.files,
-        )
-        targets = targeted_modules(lora.target_modules, architecture.skeleton)
-    if params.layers != "all":
-        layers = int(params.layers) if isinstance(params.layers, Integral) else params.layers
-        chosen = modules_in_layers(targets, layers, architecture.skeleton)
-        lora = replace(lora, target_modules=chosen)
+    spec = backbone_spec(params, start)
+    architecture, lora = architecture_and_lora(params, spec)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
+    n_classes, longest = len(table.classes), int(tokens.lengths.max())
+    checkpointing = _choose_checkpointing(params, spec, architecture, lora, n_classes, longest)
 
     backbone = get_backbone(spec, verbose=bool(params.verbose))
-    settings = training_settings(params, architecture.model_type, backbone.hidden_size, incremental)
+    settings = training_settings(
+        params,
+        architecture.model_type,
+        backbone.hidden_size,
+        incremental=incremental,
+        checkpointing=checkpointing,
+    )
     Ranks.current().refuse_differences(
         lambda: (
             (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
-            (lora, settings, params.lora_dropout, params.pooling, max_length),
+            # That activations are computed again changes nothing; each rank's memory decides.
+            (replace(settings, gradient_checkpointing=False), max_length),
+            (lora, params.lora_dropout, params.pooling),
             (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
             joblib.hash((start, resumed)),
         )
@@ -130,18 +145,20 @@ def finetuning(
         TextClassifierModel.fresh(
             backbone,
             lora,
-            n_classes=len(table.classes),
+            n_classes=n_classes,
             pooling=params.pooling,
             seed=seed,
             lora_dropout=params.lora_dropout,
             start=start,
         ) as model,
+        _prefix(params, model, tokens, max_length, settings) as prefix,
         Trainer(
             model,
             tokens,
             table.targets,
             settings,
             weights=weights,
+            prefix=prefix,
             seed=seed,
             resumed=resumed,
             verbose=params.verbose,
@@ -149,6 +166,83 @@ def finetuning(
     ):
         footprint = backbone.footprint(model.count_trainable())
         yield Finetuning(trainer, max_length, tokenizer.fingerprint, footprint)
+
+
+def _prefix(
+    params: Any,
+    model: TextClassifierModel,
+    tokens: TokenizedTexts,
+    max_length: int,
+    settings: TrainingSettings,
+) -> AbstractContextManager[CachedPrefix | None]:
+    """Compute the layers before the adapted ones beforehand, if that is wanted and worth it."""
+    if params.cache_dtype is None or settings.num_train_epochs == 1:
+        return nullcontext()
+    dtype = None if params.cache_dtype == "auto" else getattr(torch, params.cache_dtype)
+    return cached_prefix(model, tokens, max_length, dtype)
+
+
+def estimate_fit(params: Any, n_classes: int) -> MemoryEstimate:
+    """Estimate what a fit takes whose texts are as long as its parameters let them be.
+
+    Parameters
+    ----------
+    params : QLoRAClassifier
+        Its device need not be there; "auto" checkpointing counts as none.
+    n_classes : int
+
+    Returns
+    -------
+    estimate : MemoryEstimate
+    """
+    spec = backbone_spec(params, here=False)
+    architecture, lora = architecture_and_lora(params, spec)
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    n_tokens = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
+    return _estimate(params, spec, architecture, lora, n_classes, n_tokens)(
+        n_texts=largest_pass(params.batch_size, n_tokens, spec.device),
+        checkpointing=params.gradient_checkpointing is True,
+    )
+
+
+def _estimate(
+    params: Any,
+    spec: BackboneSpec,
+    architecture: Architecture,
+    lora: LoraSettings,
+    n_classes: int,
+    n_tokens: int,
+) -> Callable[..., MemoryEstimate]:
+    return partial(
+        estimate_training,
+        architecture.skeleton,
+        spec,
+        lora,
+        optim=params.optim,
+        n_classes=n_classes,
+        n_tokens=n_tokens,
+        dropout=params.lora_dropout > 0,
+        keep_pooler=params.pooling == "pooler",
+    )
+
+
+def _choose_checkpointing(
+    params: Any,
+    spec: BackboneSpec,
+    architecture: Architecture,
+    lora: LoraSettings,
+    n_classes: int,
+    longest: int,
+) -> bool:
+    """Decide by the memory that is there; refuse what cannot fit, by MemoryError."""
+    free = free_memory(spec.device, spread=spec.spread) + count_reusable_bytes(spec)
+    n_texts = largest_pass(params.batch_size, longest, spec.device)
+    wanted = params.gradient_checkpointing
+    estimate = _estimate(params, spec, architecture, lora, n_classes, longest)
+    try:
+        return choose_checkpointing(wanted, estimate, n_texts, spec.device, free)
+    except UntraceableError:
+        return wanted is True
 
 
 def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.ndarray:
@@ -201,9 +295,33 @@ def refuse_other_tokenizer(
         )
 
 
-def backbone_spec(params: Any, adapter: AdapterState | None = None) -> BackboneSpec:
-    """Say which base an estimator means: for an adapter the very commit that it was trained on."""
-    device = resolve_device(params.device)
+def architecture_and_lora(params: Any, spec: BackboneSpec) -> tuple[Architecture, LoraSettings]:
+    """Say what an estimator adapts, and how; refuse by ValueError what cannot be."""
+    lora = lora_settings(params)
+    with muted(progress_bars=bool(params.verbose)):
+        architecture = check_architecture(
+            spec.model,
+            spec.revision,
+            quantized=spec.quantization is not None,
+            attn_implementation=spec.attn_implementation,
+            files=spec.files,
+        )
+        targets = targeted_modules(lora.target_modules, architecture.skeleton)
+    if params.layers != "all":
+        layers = int(params.layers) if isinstance(params.layers, Integral) else params.layers
+        chosen = modules_in_layers(targets, layers, architecture.skeleton)
+        lora = replace(lora, target_modules=chosen)
+    return architecture, lora
+
+
+def backbone_spec(
+    params: Any, adapter: AdapterState | None = None, *, here: bool = True
+) -> BackboneSpec:
+    """Say which base an estimator means: for an adapter the very commit that it was trained on.
+
+    `here` says whether its device has to be on this machine.
+    """
+    device = resolve_device(params.device, here=here)
     files = describe_files(os.fspath(params.model))
     model = str(files[0]) if files else os.fspath(params.model)  # however a path is written
     if adapter is not None and adapter.revision is not None and adapter.model == model:
@@ -237,7 +355,12 @@ def lora_settings(params: Any) -> LoraSettings:
 
 
 def training_settings(
-    params: Any, model_type: str, hidden_size: int, incremental: bool = False
+    params: Any,
+    model_type: str,
+    hidden_size: int,
+    *,
+    incremental: bool = False,
+    checkpointing: bool = False,
 ) -> TrainingSettings:
     """Say which recipe an estimator means for a base of that family and width."""
     rate, head_rate = params.learning_rate, params.head_learning_rate
@@ -249,7 +372,7 @@ def training_settings(
         num_train_epochs=1 if incremental else params.num_train_epochs,
         batch_size=params.batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
-        gradient_checkpointing=params.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
         learning_rate=rate,
         head_learning_rate=head_rate,
         weight_decay=params.weight_decay,

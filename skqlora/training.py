@@ -24,7 +24,8 @@ from skqlora.distributed import Ranks
 from skqlora.flat import FlatParameters
 from skqlora.model import TextClassifierModel
 from skqlora.optimizer import make_optimizer, read_state, release, write_state
-from skqlora.recompute import checkpointed_blocks, fills_memory
+from skqlora.prefix import CachedPrefix
+from skqlora.recompute import checkpointed_blocks
 
 CHECK_EVERY = 50  # updates, for losses that are not finite
 CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores
@@ -42,7 +43,7 @@ class TrainingSettings:
     num_train_epochs: int
     batch_size: int
     gradient_accumulation_steps: int
-    gradient_checkpointing: bool | str
+    gradient_checkpointing: bool
     learning_rate: float
     head_learning_rate: float
     weight_decay: float
@@ -73,6 +74,27 @@ def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
     return 5e-5 * 10 * (2000 / hidden_size) ** power
 
 
+def largest_pass(batch_size: int, longest: int, device: torch.device) -> int:
+    """Tell how many texts of the greatest length share a forward pass of a training.
+
+    Parameters
+    ----------
+    batch_size : int
+        The most that may.
+    longest : int
+        Tokens of each.
+    device : torch.device
+
+    Returns
+    -------
+    n_texts : int
+        On a CPU fewer than may, where they are long: that is faster.
+    """
+    if device.type == "cpu":
+        return min(batch_size, max(1, CPU_TRAINING_TOKENS // longest))
+    return batch_size
+
+
 class Trainer:
     """An adapter and a head in training, in place, epoch after epoch; a context manager.
 
@@ -86,6 +108,8 @@ class Trainer:
     settings : TrainingSettings
     weights : ndarray of the shape of `targets`, optional
         What each counts in the loss: positive, but that a row may have labels of weight zero.
+    prefix : CachedPrefix, optional
+        What the model is to be fed before each pass.
     seed : int, default=0
         Of the order of the rows.
     resumed : OptimizerState, optional
@@ -102,12 +126,13 @@ class Trainer:
         settings: TrainingSettings,
         *,
         weights: np.ndarray | None = None,
+        prefix: CachedPrefix | None = None,
         seed: int = 0,
         resumed: OptimizerState | None = None,
         verbose: int = 0,
     ):
         self.model, self.settings, self.verbose = model, settings, verbose
-        self.tokens, self.targets = tokens, targets
+        self.tokens, self.targets, self.prefix = tokens, targets, prefix
         self.weights = np.ones(targets.shape) if weights is None else weights
         self.device = model.backbone.spec.device
         self.ranks = Ranks.current()
@@ -115,9 +140,8 @@ class Trainer:
         self.batch_rows = settings.batch_size * settings.gradient_accumulation_steps
         # Of a forward pass, padded: what `batch_size` of the longest texts are. More short ones
         # share a pass, which costs no more memory.
-        self.micro_tokens = settings.batch_size * int(tokens.lengths.max())
-        if self.device.type == "cpu":
-            self.micro_tokens = min(self.micro_tokens, CPU_TRAINING_TOKENS)
+        longest = int(tokens.lengths.max())
+        self.micro_tokens = longest * largest_pass(settings.batch_size, longest, self.device)
         n_steps = settings.num_train_epochs * math.ceil(len(tokens) / self.batch_rows)
         head = FlatParameters(dict(model.head.named_parameters()))
         self.segments = [*model.clone.segments, head]
@@ -149,7 +173,7 @@ class Trainer:
             stack.callback(release, self.optimizer)
             if self._resumed is not None:
                 self._resume(self._resumed)
-            if self._wants_checkpointing():
+            if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed_blocks(self.model.encoder))
             for segment in self.segments:
                 segment.attach_gradients()
@@ -372,17 +396,14 @@ class Trainer:
         ):
             group["lr"] = base * factor(resumed.schedule_step)
 
-    def _wants_checkpointing(self) -> bool:
-        if self.settings.gradient_checkpointing != "auto":
-            return bool(self.settings.gradient_checkpointing)
-        return fills_memory(self.model, self.micro_tokens)
-
     def _zero(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float32, device=self.device)
 
     def _loss(self, rows: np.ndarray) -> torch.Tensor:
         """Sum the weighted losses of a micro-batch."""
         input_ids, mask = (x.to(self.device) for x in self.tokens.batch(rows))
+        if self.prefix is not None:
+            self.prefix.feed(rows)
         logits = self.model(input_ids, mask)
         targets = torch.as_tensor(self.targets[rows], device=self.device)
         weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
 from skqlora.layers import transformer_blocks
 from skqlora.model import TextClassifierModel
-from skqlora.recompute import fills_memory
 from skqlora.training import Trainer, _count_warmup_steps, scaled_learning_rate
 
 TARGETS = np.arange(32) % 3
@@ -169,21 +167,6 @@ def test_gradient_is_clipped_over_both_segments(backbone):
 def test_weight_decay_shrinks_the_weights(backbone):
     decayed = adapter_after(backbone, weight_decay=10.0)
     assert np.linalg.norm(decayed) < 0.99 * np.linalg.norm(adapter_after(backbone))
-
-
-def test_auto_checkpointing_asks_for_the_free_memory(decoder, monkeypatch):
-    spec = SimpleNamespace(device=torch.device("cuda", 0))
-    backbone = make_backbone(decoder)
-    model = SimpleNamespace(
-        backbone=SimpleNamespace(spec=spec, hidden_size=64), encoder=backbone.module
-    )
-    needed = 34 * 16 * 100 * 64 * 2  # bytes x rows x tokens x features x layers
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    for free, expected in [(2 * needed - 2000, True), (2 * needed, False)]:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
-        assert fills_memory(model, 1600) is expected
-    assert not fills_memory(SimpleNamespace(backbone=backbone, encoder=backbone.module), 1600)
 
 
 def test_warmup_is_a_number_or_a_share_of_the_steps():

@@ -1,0 +1,260 @@
+"""How much memory a training takes, told before a model is loaded, and whether it is there."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from skqlora.adapter import LoraSettings
+from skqlora.backbone import BackboneSpec, storage_dtype
+from skqlora.optimizer import PAGED_MIN_ELEMENTS
+from skqlora.tracing import Precision, trace_training
+
+BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes': weights of a constant, constants of a second one
+STATE_BYTES = {  # of AdamW's two moments, for each trained value
+    "paged_adamw_32bit": 8.0,
+    "paged_adamw_8bit": 2 + 8 / NESTED_BLOCK,
+    "adamw": 8.0,
+}
+CUBLAS_BYTES = 32 << 20  # torch's workspace for matrix products on Hopper GPUs; older ones take 8
+TRANSIENTS = 3  # of the widest activations, in a block's backward pass
+AUTO_SHARE = 0.9  # of the memory that is there; what would take more is checkpointed
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a fit takes at its peak, by what takes them.
+
+    Attributes
+    ----------
+    base : int
+        The frozen model.
+    adapter : int
+        The adapter and the head, float32.
+    gradients : int
+    optimizer : int
+        AdamW's moments.
+    activations : int
+        What a pass keeps for its backward pass.
+    workspace : int
+        One dequantized weight, and what a layer's backward pass holds for a moment.
+    n_texts, n_tokens : int
+        Texts of a pass, and of each its tokens, padding included.
+    gradient_checkpointing : bool
+        Whether activations are computed again.
+    optimizer_paged : bool
+        Whether the moments may go to the host's memory when the GPU's runs out.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    n_texts: int
+    n_tokens: int
+    gradient_checkpointing: bool
+    optimizer_paged: bool
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        trained = self.adapter + self.gradients + self.optimizer
+        return self.base + trained + self.activations + self.workspace
+
+    @property
+    def resident(self) -> int:
+        """Sum of all that cannot leave the device."""
+        return self.total - (self.optimizer if self.optimizer_paged else 0)
+
+    def __str__(self) -> str:
+        again = ", computed again in the backward pass" if self.gradient_checkpointing else ""
+        rows = [
+            ("base", self.base),
+            ("adapter and head", self.adapter),
+            ("their gradients", self.gradients),
+            ("optimizer, paged" if self.optimizer_paged else "optimizer", self.optimizer),
+            (
+                f"activations of {self.n_texts} x {self.n_tokens} tokens{again}",
+                self.activations,
+            ),
+            ("workspace", self.workspace),
+            ("total", self.total),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {size / 1e6:10,.1f} MB" for name, size in rows)
+
+
+def estimate_training(
+    skeleton: PreTrainedModel,
+    spec: BackboneSpec,
+    lora: LoraSettings,
+    *,
+    optim: str,
+    n_classes: int,
+    n_texts: int,
+    n_tokens: int,
+    dropout: bool = False,
+    keep_pooler: bool = False,
+    checkpointing: bool = False,
+) -> MemoryEstimate:
+    """Estimate what a training takes, from shapes alone.
+
+    Activations are those that autograd keeps of a forward pass on the meta device, so they hold
+    for the very architecture; attention is taken to be a fused kernel unless it is "eager".
+
+    Parameters
+    ----------
+    skeleton : transformers.PreTrainedModel
+        The model on the meta device.
+    spec : BackboneSpec
+        Its device need not be there.
+    lora : LoraSettings
+    optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}
+    n_classes : int
+    n_texts, n_tokens : int
+        Shape of the largest pass.
+    dropout : bool, default=False
+        Whether LoRA's dropout acts.
+    keep_pooler : bool, default=False
+    checkpointing : bool, default=False
+
+    Returns
+    -------
+    estimate : MemoryEstimate
+    """
+    accelerated = spec.device.type != "cpu"
+    precision = Precision(
+        storage=storage_dtype(spec),
+        compute=spec.compute_dtype,
+        quantized=spec.quantization is not None,
+        autocast=accelerated and spec.compute_dtype != torch.float32,
+    )
+    trace = trace_training(
+        skeleton,
+        lora,
+        precision,
+        dropout=dropout,
+        keep_pooler=keep_pooler,
+        n_rows=n_texts,
+        n_tokens=n_tokens,
+    )
+    checkpointing = checkpointing and trace.kept_checkpointed is not None
+    n_trained = trace.adapter_elements + n_classes * (trace.hidden_size + 1)
+    itemsize = spec.compute_dtype.itemsize if precision.autocast else 4
+    transients = TRANSIENTS * n_texts * n_tokens * trace.widest * itemsize
+    dequantized = trace.largest_weight * spec.compute_dtype.itemsize
+    return MemoryEstimate(
+        base=_count_base_bytes(skeleton, spec),
+        adapter=4 * n_trained,
+        gradients=4 * n_trained,
+        optimizer=int(STATE_BYTES[optim] * n_trained),
+        activations=(trace.kept_checkpointed or 0) if checkpointing else trace.kept,
+        workspace=transients + dequantized + (CUBLAS_BYTES if accelerated else 0),
+        n_texts=n_texts,
+        n_tokens=n_tokens,
+        gradient_checkpointing=checkpointing,
+        optimizer_paged=optim.startswith("paged")
+        and spec.device.type == "cuda"
+        and trace.adapter_elements >= PAGED_MIN_ELEMENTS,
+    )
+
+
+def choose_checkpointing(
+    wanted: bool | str,
+    estimate: Callable[..., MemoryEstimate],
+    n_texts: int,
+    device: torch.device,
+    free: int,
+) -> bool:
+    """Decide whether activations are computed again, and refuse what cannot fit.
+
+    Parameters
+    ----------
+    wanted : bool or "auto"
+    estimate : callable
+        Takes `n_texts` and `checkpointing`.
+    n_texts : int
+        Of the largest pass.
+    device : torch.device
+    free : int
+        Bytes of it that there are for all of the training.
+
+    Returns
+    -------
+    checkpointing : bool
+        As wanted; "auto" only if it would not fit else.
+
+    Raises
+    ------
+    MemoryError
+        If it does not fit even so. Of a GPU: not even with one text a pass, to which a training
+        that runs out of memory goes down.
+    """
+    whole = estimate(n_texts=n_texts, checkpointing=wanted is True)
+    if whole.resident <= AUTO_SHARE * free:
+        return wanted is True
+    checkpointing = bool(wanted)
+    least = estimate(n_texts=n_texts if device.type == "cpu" else 1, checkpointing=checkpointing)
+    if least.resident > free:
+        remedy = "" if checkpointing else "gradient_checkpointing=True, "
+        raise MemoryError(
+            f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB left. "
+            f"Wanted: less than that. Pass {remedy}a smaller batch_size, max_length or model; or "
+            "free the memory that others hold."
+        )
+    return wanted is True or least.gradient_checkpointing
+
+
+def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
+    """Bytes of a loaded base: packed weights with their constants, and the rest as it is stored."""
+    sizes: dict[Any, float] = {buffer: buffer.nbytes for buffer in skeleton.buffers()}
+    for module in skeleton.modules():
+        quantized = spec.quantization is not None and isinstance(module, nn.Linear | Conv1D)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not quantized:
+                sizes[parameter] = parameter.numel() * storage_dtype(spec).itemsize
+            elif name == "weight":
+                sizes[parameter] = _packed_bytes(parameter.numel(), spec.double_quant)
+            else:
+                sizes[parameter] = parameter.numel() * spec.compute_dtype.itemsize
+    return int(sum(sizes.values()))
+
+
+def _packed_bytes(n_weights: int, double_quant: bool) -> int:
+    """Bytes of a 4-bit weight (Dettmers et al., arXiv 2305.14314, section 3)."""
+    n_blocks = math.ceil(n_weights / BLOCK)
+    constants = n_blocks + 4 * math.ceil(n_blocks / NESTED_BLOCK) if double_quant else 4 * n_blocks
+    return math.ceil(n_weights / 2) + constants
+
+
+def free_memory(device: torch.device, *, spread: bool = False) -> int:
+    """Count the bytes that a training could still take on a device.
+
+    Parameters
+    ----------
+    device : torch.device
+    spread : bool, default=False
+        Count all of its kind together.
+
+    Returns
+    -------
+    n_bytes : int
+    """
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    memory = getattr(torch, device.type)
+    places = range(memory.device_count()) if spread else [device.index]
+    # What torch has set aside and does not use is free too.
+    return sum(
+        memory.mem_get_info(i)[0] + memory.memory_reserved(i) - memory.memory_allocated(i)
+        for i in places
+    )

@@ -1,0 +1,286 @@
+"""What a training keeps for its backward pass, told from a model without weights.
+
+The model runs on the meta device, where tensors have shapes and no values, and autograd tells what
+it would keep. Knows nothing of devices' sizes.
+"""
+
+import copy
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from skqlora.adapter import LoraSettings
+from skqlora.clones import ADAPTER, drop_pooler, peft_config
+from skqlora.flat import ALIGNMENT
+from skqlora.layers import transformer_blocks
+from skqlora.quiet import library_lock
+
+# What autocast computes in the lower precision and in float32, of what transformers calls (torch's
+# "Automatic Mixed Precision" page lists all), by the names of the functions.
+LOWERED = ("linear", "matmul", "__matmul__", "bmm", "addmm", "baddbmm", "einsum", "conv1d")
+RAISED = ("layer_norm", "rms_norm", "softmax", "pow", "__pow__", "rsqrt", "exp", "sum", "cumsum")
+
+
+class UntraceableError(RuntimeError):
+    """A model's memory cannot be told from its shapes."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what the parts of a model are kept and computed.
+
+    Attributes
+    ----------
+    storage : torch.dtype
+        Of what is not quantized.
+    compute : torch.dtype
+        Of the products with the base's weights.
+    quantized : bool
+        Whether those return to the precision of their input.
+    autocast : bool
+        Whether autocast to `compute` is on.
+    """
+
+    storage: torch.dtype
+    compute: torch.dtype
+    quantized: bool
+    autocast: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Sizes of a training's parts.
+
+    Attributes
+    ----------
+    kept : int
+        Bytes of activations that a pass keeps for its backward pass.
+    kept_checkpointed : int or None
+        The same if blocks are computed again; None where the blocks cannot be told.
+    adapter_elements : int
+        Values of the adapter, with the gaps of its flat buffer.
+    hidden_size : int
+        Features of a last hidden state.
+    widest : int
+        Greatest number of features of a linear layer's input or output.
+    largest_weight : int
+        Greatest number of elements of a linear layer's weight.
+    """
+
+    kept: int
+    kept_checkpointed: int | None
+    adapter_elements: int
+    hidden_size: int
+    widest: int
+    largest_weight: int
+
+
+@functools.lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
+def trace_training(
+    skeleton: PreTrainedModel,
+    lora: LoraSettings,
+    precision: Precision,
+    *,
+    dropout: bool,
+    keep_pooler: bool,
+    n_rows: int,
+    n_tokens: int,
+) -> Trace:
+    """Run a training's forward pass without values and sum up what it keeps.
+
+    Parameters
+    ----------
+    skeleton : transformers.PreTrainedModel
+        On the meta device; it is not changed.
+    lora : LoraSettings
+    precision : Precision
+    dropout : bool
+        Whether LoRA's dropout acts: each adapted layer then keeps an input of its own.
+    keep_pooler : bool
+    n_rows, n_tokens : int
+        Shape of the pass, padding included.
+
+    Returns
+    -------
+    trace : Trace
+
+    Raises
+    ------
+    UntraceableError
+        If what the model does depends on values.
+    """
+    module = _adapted_skeleton(skeleton, lora, precision, keep_pooler=keep_pooler)
+    adapted = [m for m in module.modules() if isinstance(m, LoraLayer)]
+    if dropout:
+        for layer in adapted:
+            layer.lora_dropout[ADAPTER] = _Masked()
+            layer.training = True  # DoRA then computes the layer's own product once more
+    kept = _Kept([*module.parameters(), *module.buffers()])
+    blocks = list(transformer_blocks(module) or ())
+    by_block = [_BlockUse(block, kept) for block in blocks]
+    ids = torch.empty(n_rows, n_tokens, dtype=torch.int64, device="meta")
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(kept.add, _unneeded), _Dataless(precision):
+            hidden = module(input_ids=ids, attention_mask=torch.empty_like(ids))[0]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise UntraceableError(
+            f"{type(module).__name__} cannot be run without values: {error}"
+        ) from error
+    weights = [w for m in module.modules() if (w := _matrix(m)) is not None and not w.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    outside = kept.nbytes - sum(use.kept for use in by_block)
+    dense = _dense_bytes(adapted, precision) if lora.use_dora and dropout else 0
+    in_blocks = max(use.kept + dense // len(blocks) for use in by_block) if blocks else 0
+    return Trace(
+        kept=kept.nbytes + dense,
+        kept_checkpointed=outside + sum(use.input for use in by_block) + in_blocks
+        if blocks
+        else None,
+        adapter_elements=sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in trained),
+        hidden_size=hidden.shape[-1],
+        widest=max(max(weight.shape) for weight in weights),
+        largest_weight=max(weight.numel() for weight in weights),
+    )
+
+
+def _adapted_skeleton(
+    skeleton: PreTrainedModel, lora: LoraSettings, precision: Precision, *, keep_pooler: bool
+) -> PreTrainedModel:
+    """Copy a skeleton, in the dtypes that its base has, with an adapter."""
+    module = copy.deepcopy(skeleton).eval().requires_grad_(False)
+    nn.Module.to(module, precision.storage)
+    module.config.use_cache = False
+    if module.config._attn_implementation != "eager":
+        module.config._attn_implementation = "sdpa"  # the others keep as much
+    if not keep_pooler:
+        drop_pooler(module)
+    for layer in module.modules():
+        # A weight that autocast has to cast would be kept once more; a 4-bit one is not.
+        if (weight := _matrix(layer)) is not None:
+            weight.data = weight.data.to(precision.compute)
+    with library_lock, torch.device("meta"):
+        inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
+    return module.eval()
+
+
+def _dense_bytes(adapted: list[Any], precision: Precision) -> int:
+    """Bytes of the 4-bit weights, dequantized: with dropout PEFT's DoRA has autograd keep them."""
+    if not precision.quantized:
+        return 0
+    itemsize = (precision.compute if precision.autocast else torch.float32).itemsize
+    return sum(layer.get_base_layer().weight.numel() * itemsize for layer in adapted)
+
+
+def _matrix(module: nn.Module) -> torch.Tensor | None:
+    return module.weight if isinstance(module, nn.Linear | Conv1D) else None
+
+
+def _unneeded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor  # there is no backward pass
+
+
+class _Kept:
+    """The storages that autograd keeps, each counted once, but for those that are there anyway."""
+
+    def __init__(self, there: Iterable[torch.Tensor]):
+        self._storages = {_key(tensor): tensor for tensor in there}  # alive, so that keys stay
+        self.nbytes = 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        if _key(tensor) not in self._storages:
+            self._storages[_key(tensor)] = tensor
+            self.nbytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _BlockUse:
+    """What is kept within a block, and the size of the hidden states that enter it, in bytes."""
+
+    def __init__(self, block: nn.Module, kept: _Kept):
+        self.input = self.kept = 0
+        self._all = kept
+        block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        block.register_forward_hook(self._leave)
+
+    def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._before = self._all.nbytes
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.input = hidden.nbytes if hidden.requires_grad else 0
+
+    def _leave(self, *_: object) -> None:
+        self.kept = self._all.nbytes - self._before
+
+
+class _Masked(nn.Module):
+    """Dropout by row, as far as its size goes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.new_empty([len(x), *[1] * (x.ndim - 2), x.shape[-1]])
+
+
+class _Dataless(TorchFunctionMode):
+    """Within it a model runs on the meta device as it does on a real one.
+
+    What depends on values is decided as for a batch with padding, attention keeps what the fused
+    kernels keep, and autocast, which leaves the meta device alone, acts.
+    """
+
+    def __init__(self, precision: Precision):
+        super().__init__()
+        self._precision = precision
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        precision = self._precision
+        if name == "__bool__":  # of "is nothing padded?"
+            return False
+        if name == "scaled_dot_product_attention":
+            query, key, value = args[:3]
+            if precision.autocast:
+                query, key, value = (x.to(precision.compute) for x in (query, key, value))
+            return _FusedAttention.apply(query, key, value, kwargs.get("attn_mask"))
+        if name == "linear" and precision.quantized and not args[1].requires_grad:
+            return func(args[0].to(precision.compute), *args[1:], **kwargs).to(args[0].dtype)
+        if precision.autocast and name in LOWERED:
+            args = _cast(args, precision.compute)
+        elif precision.autocast and name in RAISED:
+            args = _cast(args, torch.float32)
+        return func(*args, **kwargs)
+
+
+def _cast(args: tuple, dtype: torch.dtype) -> tuple:
+    return tuple(
+        arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    )
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what torch's fused attention kernels do: no scores.
+
+    Those are of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 2): queries, keys, values,
+    output, and the logarithm of each row's normaliser; and the mask as numbers.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        if mask is not None:
+            mask = mask.to(query.dtype)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        normalisers = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, out, normalisers)
+        return out

@@ -1,0 +1,223 @@
+"""Layers before the first adapted one are computed once for each text."""
+
+import os
+import tempfile
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+from helpers import (
+    LORA,
+    assert_equal_adapters,
+    make_backbone,
+    make_classifier,
+    make_model,
+    make_settings,
+    random_tokens,
+    train,
+    trained_values,
+)
+from sklearn.model_selection import GridSearchCV
+from torch import nn
+
+from skqlora.cache import clear_backbone_cache
+from skqlora.clones import targeted_modules
+from skqlora.layers import modules_in_layers, transformer_blocks
+from skqlora.prefix import _PrefixRun, cached_prefix
+from skqlora.training import Trainer
+
+TARGETS = np.arange(32) % 3
+STACKED = [family for family in [*tiny.DECODERS, *tiny.ENCODERS] if family != "albert"]
+
+
+def last_layers_model(backbone, n_layers=1, **changes):
+    """A model with LoRA on the linear modules of the last layers."""
+    names = targeted_modules("all-linear", backbone.module)
+    chosen = modules_in_layers(names, n_layers, backbone.module)
+    return make_model(backbone, replace(LORA, target_modules=chosen), lora_dropout=0.1, **changes)
+
+
+def trained_from_cache(backbone, tokens, **changes):
+    model = last_layers_model(backbone)
+    with cached_prefix(model, tokens, 12) as prefix:
+        assert prefix is not None
+        train(model, tokens, TARGETS, make_settings(num_train_epochs=3, **changes), prefix=prefix)
+    return model
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """Folder of a tiny BERT of four layers."""
+    return tiny.save_model(tmp_path / "deep", "bert", num_hidden_layers=4)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Numbers of the layers that compute in trainings, one for each pass."""
+    numbers = []
+    start = Trainer.train_epoch
+
+    def watch(self, *args):
+        blocks = transformer_blocks(self.model.encoder)
+        handles = [  # of the first projection within the layer: a layer that is skipped has none
+            next(m for m in block.modules() if isinstance(m, nn.Linear)).register_forward_hook(
+                lambda *_, number=number: numbers.append(number)
+            )
+            for number, block in enumerate(blocks)
+        ]
+        loss = start(self, *args)
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_epoch", watch)
+    return numbers
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_training_from_the_cache_equals_training_without(tiny_model, family):
+    backbone, tokens = make_backbone(tiny_model(family)), random_tokens(32)
+    plain = last_layers_model(backbone)
+    start = plain.capture(12)
+    train(plain, tokens, TARGETS, make_settings(num_train_epochs=3))
+    expected, found = plain.capture(12), trained_from_cache(backbone, tokens).capture(12)
+    for kind in ("lora_tensors", "head_tensors"):
+        for name, value in getattr(expected, kind).items():
+            np.testing.assert_allclose(getattr(found, kind)[name], value, rtol=0, atol=3e-5)
+            assert np.abs(value - getattr(start, kind)[name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"batch_size": 4}])
+def test_the_cache_goes_with_checkpointing_and_smaller_passes(backbone, changes):
+    tokens = random_tokens(32)
+    plain = last_layers_model(backbone)
+    changes = {"gradient_accumulation_steps": 16 // changes.get("batch_size", 16)} | changes
+    train(plain, tokens, TARGETS, make_settings(num_train_epochs=3))
+    found = trained_from_cache(backbone, tokens, **changes).capture(12)
+    for name, value in plain.capture(12).lora_tensors.items():
+        np.testing.assert_allclose(found.lora_tensors[name], value, rtol=0, atol=3e-5)
+
+
+def test_a_lent_clone_comes_back_whole(backbone):
+    model, tokens = last_layers_model(backbone), random_tokens(32)
+    ids, mask = tokens.batch(np.arange(4))
+    with torch.no_grad():
+        before = model(ids, mask)
+        with cached_prefix(model, tokens, 12) as prefix:
+            prefix.feed([3, 2, 1, 0])  # other texts
+            assert not torch.allclose(model(ids, mask), before)
+        torch.testing.assert_close(model(ids, mask), before, rtol=0, atol=0)
+
+
+def test_a_fit_computes_the_first_layers_once(deep, corpus, passes):
+    clf = make_classifier(deep, layers=1, num_train_epochs=3).fit(*corpus)
+    assert passes == [3] * 9
+    passes.clear()
+    plain = make_classifier(deep, layers=1, num_train_epochs=3, cache_dtype=None).fit(*corpus)
+    assert passes == [0, 1, 2, 3] * 9
+    np.testing.assert_allclose(trained_values(clf), trained_values(plain), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("params", [{"layers": [0, 3]}, {"num_train_epochs": 1, "layers": 1}])
+def test_no_cache_where_it_saves_nothing(deep, corpus, passes, params):
+    make_classifier(deep, **params).fit(*corpus)
+    assert passes[:4] == [0, 1, 2, 3]
+
+
+def test_a_fit_is_the_same_whatever_was_fitted_before(deep, texts, labels):
+    params = {"layers": 2, "num_train_epochs": 2}
+    clear_backbone_cache()
+    alone = make_classifier(deep, **params).fit(texts, labels)
+    clear_backbone_cache()
+    make_classifier(deep, **params).fit(texts[7:30], labels[7:30])
+    make_classifier(deep, **params | {"layers": 1}).fit(texts, labels)
+    make_classifier(deep, **params | {"max_length": 8}).fit(texts, labels)
+    assert_equal_adapters(make_classifier(deep, **params).fit(texts, labels), alone)
+
+
+def test_folds_and_candidates_share_the_cache(deep, texts, labels, monkeypatch):
+    computed = []
+    compute = _PrefixRun.compute
+
+    def note(self, texts, buffer):
+        computed.extend(texts)
+        return compute(self, texts, buffer)
+
+    monkeypatch.setattr(_PrefixRun, "compute", note)
+    clf = make_classifier(deep, layers=1, num_train_epochs=2)
+    search = GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2, error_score="raise")
+    search.fit(texts, labels)
+    assert len(computed) == len(set(texts))
+
+
+def test_a_cache_in_bfloat16(deep, texts, labels):
+    params = {"layers": 1, "num_train_epochs": 4}
+    exact = make_classifier(deep, **params).fit(texts, labels)
+    coarse = make_classifier(deep, **params, cache_dtype="bfloat16").fit(texts, labels)
+    difference = np.abs(exact.predict_proba(texts) - coarse.predict_proba(texts)).max()
+    assert 0 < difference < 0.02
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Let a file be the only place for what is cached."""
+    monkeypatch.setattr("skqlora.prefix.free_memory", lambda device: 0)
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10, total=10**10)
+    )
+    clear_backbone_cache()
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_what_is_too_large_for_memory_goes_to_a_file(deep, corpus, passes, monkeypatch):
+    files = []
+    make = tempfile.TemporaryFile
+
+    def note(*args, **kwargs):
+        files.append(make(*args, **kwargs))
+        return files[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", note)
+    from_file = make_classifier(deep, layers=1).fit(*corpus)
+    assert len(files) == 1
+    assert passes == [3] * 9
+    monkeypatch.undo()
+    clear_backbone_cache()
+    assert_equal_adapters(from_file, make_classifier(deep, layers=1).fit(*corpus))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a disk takes what it is given")
+@pytest.mark.usefixtures("no_memory")
+def test_a_full_disk_only_makes_it_slower(deep, corpus, passes, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.warns(RuntimeWarning, match=r"There are no 0\.0 GB in .*cache_dtype=None"):
+        make_classifier(deep, layers=1).fit(*corpus)
+    assert passes == [0, 1, 2, 3] * 9
+
+
+def test_a_model_whose_layers_hand_on_more_than_hidden_states_is_not_cut(deep):
+    backbone = make_backbone(deep)
+    model, tokens = last_layers_model(backbone), random_tokens(32)
+    blocks = transformer_blocks(model.encoder)
+    first, last = blocks[0], blocks[-1]
+    made = {}
+    forward_of_first, forward_of_last = first.forward, last.forward
+
+    def leave(*args, **kwargs):
+        made["mean"] = forward_of_first(*args, **kwargs).mean()
+        return forward_of_first(*args, **kwargs)
+
+    def take(hidden, *args, **kwargs):
+        return forward_of_last(hidden + made.pop("mean", 100.0), *args, **kwargs)
+
+    first.forward, last.forward = leave, take
+    with cached_prefix(model, tokens, 12) as prefix:
+        assert prefix is None
+    assert first.forward is leave
