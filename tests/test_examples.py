@@ -130,16 +130,18 @@ def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
             csv.writer(file).writerows([("text", "label"), *zip(*corpus, strict=True)])
     output = tmp_path / "figures.json"
     script = EXAMPLES / "benchmarks" / "bench_fit_predict.py"
-    options = ["--data", tmp_path, "--works", "trec6", "--model", encoder, "--repeats", "1"]
+    options = ["--data", tmp_path, "--model", encoder, "--repeats", "1"]
+    options += ["--works", "trec6", "trec6-last-2"]
     result = subprocess.run(
         [sys.executable, script, *options, "--output", output],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "| trec6 | fit, s | " in result.stdout
-    ours, peer = json.loads(output.read_text())["runs"]
-    assert (ours["side"], peer["side"]) == ("ours", "peer")
+    assert "| trec6 against Trainer + PEFT | fit, s | " in result.stdout
+    assert "| trec6-last-2 against skqlora, all layers | fit, s | " in result.stdout
+    ours, peer, _, _ = json.loads(output.read_text())["runs"]
+    assert (ours["side"], peer["side"]) == ("skqlora", "Trainer + PEFT")
     assert all(0 < run["padded_share"] < 1 for run in (ours, peer))
     # Both see each token once an epoch.
     n_tokens = [run["tokens_per_s"] * run["fit_s"] for run in (ours, peer)]

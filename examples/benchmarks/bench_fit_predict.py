@@ -3,8 +3,9 @@ Fit and predict, this package against what tutorials teach: transformers' Traine
 
 Both fine-tune the same 4-bit base with the same texts, epochs, batches, LoRA and learning rate, in
 turn, each time in a fresh process. The rest is as each has it: the peer pools and ends as
-Transformers' class for sequence classification does, and has one rate for all. Prints a Markdown
-table and writes every run as JSON::
+Transformers' class for sequence classification does, and has one rate for all. In "trec6-last-2"
+adapters on the last two layers are compared with this package's own on all. Prints a Markdown table
+and writes every run as JSON::
 
     python bench_fit_predict.py --data folder     # of r8/train.csv, r8/test.csv, trec6/...
     python bench_fit_predict.py --data folder --works trec6 --repeats 1 --model my-base
@@ -34,6 +35,7 @@ WORKS = {
     "r8": {"rows": 1000, "test_rows": 1000, "epochs": 2, "max_length": 256},
     "banking77": {"rows_per_class": 10, "test_rows": 1000, "epochs": 5, "max_length": 128},
     "trec6": {"rows": 1000, "test_rows": 500, "epochs": 5, "max_length": 128},
+    "trec6-last-2": {"rows": 1000, "test_rows": 500, "epochs": 5, "max_length": 128, "layers": 2},
 }
 FIGURES = {
     "fit_s": "fit, s",
@@ -53,11 +55,14 @@ def main():
         if options.rows is not None:
             work |= {"rows": options.rows, "test_rows": options.rows}
         for seed in range(options.repeats):
-            table = read_table(options.data / name, work, seed)
-            for side in (run_ours, run_peer):
-                print(f"{name}, seed {seed}, {side.__name__}", file=sys.stderr)
-                figures = in_fresh_process(side, options.model, work, table, seed)
-                runs.append({"work": name, "side": side.__name__[4:], "seed": seed} | figures)
+            table = read_table(options.data / name.split("-")[0], work, seed)
+            sides = {"skqlora": run_ours, "Trainer + PEFT": run_peer}
+            if "layers" in work:
+                sides = {"skqlora": run_ours, "skqlora, all layers": run_all_layers}
+            for side, run in sides.items():
+                print(f"{name}, seed {seed}, {side}", file=sys.stderr)
+                figures = in_fresh_process(run, options.model, work, table, seed)
+                runs.append({"work": name, "side": side, "seed": seed} | figures)
     machine = (
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"
@@ -133,6 +138,7 @@ def run_ours(model, work, table, seed):
         num_train_epochs=work["epochs"],
         max_length=work["max_length"],
         batch_size=work["batch_size"],
+        layers=work.get("layers", "all"),
         random_state=seed,
     )
     with counted_tokens("skqlora.data.TokenizedTexts.batch") as counts:
@@ -140,6 +146,11 @@ def run_ours(model, work, table, seed):
     predicted = []
     predict_s = seconds(lambda: predicted.extend(clf.predict(test_texts)))
     return figures(fit_s, predict_s, predicted, test_labels, counts)
+
+
+def run_all_layers(model, work, table, seed):
+    """Fit and predict with adapters on all layers."""
+    return run_ours(model, work | {"layers": "all"}, table, seed)
 
 
 # What tutorials teach
@@ -282,17 +293,16 @@ def figures(fit_s, predict_s, predicted, labels, counts):
 
 def print_table(runs):
     """Print the median of each figure for both sides, and of the ratios of each pair of runs."""
-    print("\n| work | what | skqlora | Trainer + PEFT | ratio |\n|---|---|---|---|---|")
+    print("\n| work | what | skqlora | against | ratio |\n|---|---|---|---|---|")
     for work in dict.fromkeys(run["work"] for run in runs):
-        ours, peer = (
-            [run for run in runs if (run["work"], run["side"]) == (work, side)]
-            for side in ("ours", "peer")
-        )
+        of_work = [run for run in runs if run["work"] == work]
+        ours = [run for run in of_work if run["side"] == "skqlora"]
+        peer = [run for run in of_work if run["side"] != "skqlora"]
         for key, name in FIGURES.items():
             mine, theirs = ([run[key] for run in side] for side in (ours, peer))
             ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True) if b)
             print(
-                f"| {work} | {name} | {statistics.median(mine):.3g} | "
+                f"| {work} against {peer[0]['side']} | {name} | {statistics.median(mine):.3g} | "
                 f"{statistics.median(theirs):.3g} | {ratio:.2f} |"
             )
 

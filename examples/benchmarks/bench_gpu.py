@@ -1,0 +1,329 @@
+"""
+Training on a GPU at the sizes that QLoRA is for: tokens a second and peak memory, against Trainer.
+
+The bases are Llama-shaped with random weights, since only shapes matter here. They are made and
+quantized one layer at a time, so that no 16-bit copy of the whole model ever exists. Every run is
+a fresh process. ``--cap`` sets how much of the GPU torch may take; memory that the driver manages,
+where paged optimizers keep their state, is not under it and is read beside it::
+
+    python bench_gpu.py --sizes 1b 8b              # both sides, batches of 16 x 512 tokens
+    python bench_gpu.py --sizes 65b --cap 48 --batch-size 1 --sides skqlora --checkpointing
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
+N_CLASSES = 4
+SIZES = {  # of Llama 3.2 1B, Llama 3.1 8B and 70B, LLaMA 33B and 65B (arXiv 2302.13971, table 2)
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2)},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "heads": (32, 8),
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "heads": (32, 8),
+    },
+    "33b": {
+        "hidden_size": 6656,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 60,
+        "heads": (52, 52),
+    },
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "heads": (64, 64),
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "heads": (64, 8),
+    },
+}
+
+
+def main():
+    options = parse_arguments()
+    runs = []
+    for size in options.sizes:
+        for repeat in range(options.repeats):
+            for side in options.sides:
+                print(f"{size}, {side}, {repeat}", file=sys.stderr)
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    figures = pool.apply(SIDES[side], (size, options))
+                runs.append({"size": size, "side": side} | figures)
+    print_table(runs, options)
+    options.output.write_text(json.dumps(runs, indent=1))
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1b", "8b"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--updates", type=int, default=6, help="of which the first is not timed")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--cap", type=float, help="GB of the GPU that torch may take")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=Path("bench_gpu.json"))
+    return parser.parse_args()
+
+
+# Bases
+
+
+def make_config(size, vocab_size=32000):
+    """Build a Llama's configuration."""
+    from transformers import LlamaConfig
+
+    shape = dict(SIZES[size])
+    heads, key_value_heads = shape.pop("heads")
+    return LlamaConfig(
+        **shape,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+
+
+def make_base(size, device):
+    """Build a Llama in NF4 with double quantization, one layer after the other."""
+    from transformers import LlamaModel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = make_config(size)
+    n_layers, config.num_hidden_layers = config.num_hidden_layers, 0
+    dtype = torch.bfloat16
+    with torch.device(device):
+        model = LlamaModel(config).to(dtype)
+        for number in range(n_layers):
+            model.layers.append(quantized(LlamaDecoderLayer(config, number).to(dtype), dtype))
+    config.num_hidden_layers = n_layers
+    return model.eval().requires_grad_(False)
+
+
+def quantized(block, dtype):
+    """Replace the linear layers of a block by 4-bit ones."""
+    import bitsandbytes as bnb
+
+    for parent in list(block.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear:
+                device = linear.weight.device
+                with torch.device("meta"):
+                    packed = bnb.nn.Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=False,
+                        compute_dtype=dtype,
+                        compress_statistics=True,
+                        quant_type="nf4",
+                    )
+                packed.weight = bnb.nn.Params4bit(
+                    linear.weight.data.to("cpu"),
+                    requires_grad=False,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                    module=packed,
+                ).to(device)
+                setattr(parent, name, packed)
+    return block
+
+
+# The two sides
+
+
+def run_ours(size, options):
+    """Train with this package."""
+    import numpy as np
+
+    from skqlora.adapter import LoraSettings
+    from skqlora.backbone import Backbone, BackboneSpec, prepare
+    from skqlora.clones import ClonePool
+    from skqlora.data import TokenizedTexts
+    from skqlora.memory import estimate_training
+    from skqlora.model import TextClassifierModel
+    from skqlora.training import Trainer, TrainingSettings
+
+    device = start(options)
+    module = make_base(size, device)
+    spec = BackboneSpec(f"random-{size}", None, "nf4", True, torch.bfloat16, device)
+    prepare(module, spec.compute_dtype)
+    backbone = Backbone(module, spec, size, module.config.hidden_size, True, ClonePool(module, 0))
+    lora = LoraSettings(
+        LORA["r"], LORA["lora_alpha"], "all-linear", False, False, init_lora_weights=True
+    )
+    rows = random_rows(options, module.config.vocab_size)
+    settings = TrainingSettings(
+        num_train_epochs=1,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=options.checkpointing,
+        learning_rate=2e-4,
+        head_learning_rate=1e-3,
+        weight_decay=0.0,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.3,
+        optim="paged_adamw_32bit",
+    )
+    dropout = LORA["lora_dropout"]
+    with (
+        TextClassifierModel.fresh(backbone, lora, N_CLASSES, "last", lora_dropout=dropout) as model,
+        Trainer(
+            model, TokenizedTexts(rows, 0), np.arange(len(rows)) % N_CLASSES, settings
+        ) as trainer,
+    ):
+        seconds = []
+        model.train()
+        for batch in np.split(np.arange(len(rows)), options.updates):
+            began = time.perf_counter()
+            trainer.step(batch)
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+    with torch.device("meta"):
+        skeleton = type(module)(make_config(size))
+    estimate = estimate_training(
+        skeleton,
+        spec,
+        lora,
+        optim=settings.optim,
+        n_classes=N_CLASSES,
+        n_texts=options.batch_size,
+        n_tokens=options.tokens,
+        dropout=True,
+        checkpointing=options.checkpointing,
+    )
+    print(estimate, file=sys.stderr)
+    return figures(seconds, options) | {"estimate_gb": estimate.resident / 1e9}
+
+
+def run_peer(size, options):
+    """Train with transformers' Trainer and PEFT."""
+    import transformers
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+
+    transformers.logging.set_verbosity_error()
+    device = start(options)
+    config = make_config(size)
+    config.num_labels, config.num_hidden_layers = N_CLASSES, 0
+    model = LlamaForSequenceClassification(config).to(device)
+    model.model = make_base(size, device)
+    model.config = model.model.config
+    model.config.num_labels = N_CLASSES
+    model.is_loaded_in_4bit = True
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.checkpointing)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **LORA)
+    model = get_peft_model(model, lora)
+    rows = random_rows(options, config.vocab_size)
+    dataset = [{"input_ids": r, "labels": i % N_CLASSES} for i, r in enumerate(rows)]
+    seconds = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            synchronize(device)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            synchronize(device)
+            seconds.append(time.perf_counter() - self.began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=2e-4,
+            bf16=True,
+            gradient_checkpointing=options.checkpointing,
+            optim="paged_adamw_32bit" if device.type == "cuda" else "adamw_torch",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            use_cpu=device.type == "cpu",
+        )
+        Trainer(model, arguments, train_dataset=dataset, callbacks=[Clock()]).train()
+    return figures(seconds, options)
+
+
+SIDES = {"skqlora": run_ours, "Trainer + PEFT": run_peer}
+
+
+# Figures
+
+
+def start(options):
+    torch.manual_seed(0)
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    if options.cap is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.cap * 1e9 / total, device)
+    return device
+
+
+def random_rows(options, vocab_size):
+    """Token ids of texts for all updates, all of one length."""
+    n_rows = options.batch_size * options.updates
+    return torch.randint(1, vocab_size, (n_rows, options.tokens)).tolist()
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def figures(seconds, options):
+    """Collect the rate and the peak memory: what torch took, and what the driver says is used."""
+    result = {
+        "tokens_per_s": options.batch_size * options.tokens / statistics.median(seconds[1:]),
+    }
+    if options.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result["used_gb"] = (total - free) / 1e9  # at the end, with managed memory and the context
+    return result
+
+
+def print_table(runs, options):
+    shape = f"{options.batch_size} x {options.tokens} tokens"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    capped = f", capped at {options.cap} GB" if options.cap else ""
+    print(
+        f"{name}{capped}; {shape}, checkpointing {options.checkpointing}, torch {torch.__version__}"
+    )
+    print("\n| base | side | tokens/s | peak, GB | used on the device, GB | estimate, GB |")
+    print("|---|---|---|---|---|---|")
+    for run in runs:
+        cells = [
+            f"{run[key]:.1f}" if key in run else "-"
+            for key in ("tokens_per_s", "peak_gb", "used_gb", "estimate_gb")
+        ]
+        print(f"| {run['size']} | {run['side']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
