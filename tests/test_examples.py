@@ -146,3 +146,34 @@ def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
     # Both see each token once an epoch.
     n_tokens = [run["tokens_per_s"] * run["fit_s"] for run in (ours, peer)]
     assert n_tokens[0] == pytest.approx(n_tokens[1], rel=0.05)
+
+
+def test_benchmark_of_scaling(encoder, tmp_path):
+    output, picture = tmp_path / "figures.json", tmp_path / "curves.png"
+    script = [EXAMPLES / "benchmarks" / "bench_scaling.py", "--model", encoder, "--repeats", "1"]
+    options = ["--rows", "128", "256", "--tokens", "8", "16", "--profile"]
+    options += ["--output", output, "--picture", picture]
+    result = subprocess.run(
+        [sys.executable, *script, *options], capture_output=True, text=True, check=True
+    )
+    figures = json.loads(output.read_text())
+    assert set(figures["curves"]) == {"rows", "tokens", "classes", "rank"}
+    assert all(0 < row["share"] < 2 for row in figures["utilisation"])
+    assert "| float32 | 16 | " in result.stdout
+    assert "aten::addmm" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_benchmark_of_a_gpu_runs_without_one(tmp_path, checkpointing):
+    output = tmp_path / "figures.json"
+    script = [EXAMPLES / "benchmarks" / "bench_gpu.py", "--device", "cpu", "--sizes", "tiny"]
+    options = ["--batch-size", "2", "--tokens", "16", "--updates", "3", "--output", output]
+    options += ["--checkpointing"] * checkpointing
+    result = subprocess.run(
+        [sys.executable, *script, *options], capture_output=True, text=True, check=True
+    )
+    ours, peer = json.loads(output.read_text())
+    assert (ours["side"], peer["side"]) == ("skqlora", "Trainer + PEFT")
+    assert min(ours["tokens_per_s"], peer["tokens_per_s"]) > 0
+    assert "| tiny | skqlora | " in result.stdout

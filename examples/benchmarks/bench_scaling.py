@@ -23,23 +23,25 @@ import torch
 
 from skqlora import QLoRAClassifier
 
-# The values of each thing that is varied; of the others, the first of BASE.
-BASE = {"rows": 256, "tokens": 64, "classes": 4, "rank": 16}
+# The values of each thing that is varied; meanwhile the others stay as in `main`.
 VARIED = {
     "rows": [128, 256, 512, 1024],
     "tokens": [32, 64, 128, 256],
     "classes": [2, 16, 128],
     "rank": [4, 16, 64],
 }
+LABELS = {"rows": "texts", "tokens": "tokens of a text", "classes": "classes", "rank": "rank"}
 BATCH_SIZE = 16
 
 
 def main():
     options = parse_arguments()
+    varied = VARIED | {"rows": options.rows, "tokens": options.tokens}
+    base = {"rows": varied["rows"][1], "tokens": varied["tokens"][1], "classes": 2, "rank": 16}
     points = {}  # seconds by (rows, tokens, classes, rank)
-    grid = [BASE | {name: value} for name, values in VARIED.items() for value in values]
+    grid = [base | {name: value} for name, values in varied.items() for value in values]
     distinct = [dict(items) for items in dict.fromkeys(tuple(p.items()) for p in grid)]
-    fit(options.model, BASE | {"rows": 32})  # loads the base
+    fit(options.model, base | {"rows": 32})  # loads the base
     for _ in range(options.repeats):
         for point in distinct:
             points.setdefault(tuple(point.values()), []).append(fit(options.model, point))
@@ -48,20 +50,22 @@ def main():
         f"medians of {options.repeats}, one epoch in batches of {BATCH_SIZE}"
     )
     print(machine)
-    curves = print_curves(points)
-    utilisation = print_utilisation(options.model, options.repeats)
+    curves = print_curves(points, varied, base)
+    utilisation = print_utilisation(options.model, base, options.tokens[1:], options.repeats)
     figures = {"machine": machine, "curves": curves, "utilisation": utilisation}
     options.output.write_text(json.dumps(figures, indent=1))
     if options.picture:
         draw(curves, options.picture)
     if options.profile:
-        print_profile(options.model)
+        print_profile(options.model, base | {"tokens": options.tokens[-1]})
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=VARIED["rows"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=VARIED["tokens"])
     parser.add_argument("--profile", action="store_true", help="print where the time of a fit goes")
     parser.add_argument("--output", type=Path, default=Path("bench_scaling.json"))
     parser.add_argument("--picture", type=Path, help="draw the curves, in logarithms")
@@ -101,12 +105,12 @@ def fit(model, point, **params):
     return time.perf_counter() - start
 
 
-def print_curves(points):
+def print_curves(points, varied, base):
     """Print the times along each axis and the exponent of a power law."""
     print("\n| varied | values | seconds | exponent |\n|---|---|---|---|")
     curves = {}
-    for name, values in VARIED.items():
-        keys = [tuple((BASE | {name: value}).values()) for value in values]
+    for name, values in varied.items():
+        keys = [tuple((base | {name: value}).values()) for value in values]
         seconds = [statistics.median(points[key]) for key in keys]
         exponent = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
         curves[name] = {"values": values, "seconds": seconds, "exponent": exponent}
@@ -127,7 +131,7 @@ def draw(curves, path):
         scale = np.exp(np.mean(np.log(seconds) - curve["exponent"] * np.log(values)))
         axes.loglog(values, scale * values ** curve["exponent"], color="0.7")
         axes.loglog(values, seconds, "o")
-        axes.set(xlabel=name, title=f"exponent {curve['exponent']:.2f}", xticks=values)
+        axes.set(xlabel=LABELS[name], title=f"exponent {curve['exponent']:.2f}", xticks=values)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ScalarFormatter())
             axis.set_minor_formatter(NullFormatter())
@@ -138,15 +142,15 @@ def draw(curves, path):
 # Utilisation
 
 
-def print_utilisation(model, repeats):
+def print_utilisation(model, base, lengths, repeats):
     """Compare the rate of a fit's linear layers with that of plain products of their sizes."""
     print("\n| precision | tokens a text | fit, GFLOP/s | products, GFLOP/s | share |")
     print("|---|---|---|---|---|")
     dtypes = ["float32"] + (["bfloat16"] if torch.cpu._is_avx512_bf16_supported() else [])
     found = []
     for dtype in dtypes:
-        for n_tokens in (64, 128, 256):
-            point = BASE | {"rows": 256, "tokens": n_tokens}
+        for n_tokens in lengths:
+            point = base | {"tokens": n_tokens}
             pairs = [
                 (
                     fit_rate(model, point, compute_dtype=dtype),
@@ -197,9 +201,8 @@ def product_rate(model, dtype, n_tokens=2048):
     return n_flop / seconds
 
 
-def print_profile(model):
+def print_profile(model, point):
     """Print which operations take the time of a fit."""
-    point = BASE | {"rows": 128}
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu) as profiler:
         fit(model, point, compute_dtype="float32")
