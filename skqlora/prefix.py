@@ -198,16 +198,17 @@ class _PrefixRun:
             Views of the buffer.
         """
         on_cpu = self._model.backbone.spec.device.type == "cpu"
-        by_length: dict[int, list[tuple]] = {}
+        by_shape: dict[tuple[int, bool], list[tuple]] = {}
         for key, ids in texts.items():
             n_tokens = min(_rounded_up(len(ids)), self._max_length)
-            by_length.setdefault(n_tokens, []).append(key)
+            # Attention takes another kernel where nothing is padded: apart, then.
+            by_shape.setdefault((n_tokens, len(ids) == n_tokens), []).append(key)
         states, start = {}, 0
-        for n_tokens, keys in by_length.items():
+        for (n_tokens, _), keys in by_shape.items():
             n_rows = max(1, (CPU_PASS_TOKENS if on_cpu else PASS_TOKENS) // n_tokens)
             for first in range(0, len(keys), n_rows):
                 part = keys[first : first + n_rows]
-                hidden = self([texts[key] for key in part], n_rows, n_tokens).to(buffer.dtype)
+                hidden = self([texts[key] for key in part], n_rows, n_tokens).to(buffer)
                 for key, row in zip(part, hidden, strict=False):
                     end = start + len(texts[key])
                     states[key] = buffer[start:end].copy_(row[: end - start])
@@ -283,6 +284,7 @@ class _Store:
 
 
 _stores: "weakref.WeakKeyDictionary[Backbone, _Store]" = weakref.WeakKeyDictionary()
+_stores_lock = threading.Lock()
 
 
 def _count_bytes(states: Mapping[tuple, torch.Tensor]) -> int:
@@ -290,7 +292,8 @@ def _count_bytes(states: Mapping[tuple, torch.Tensor]) -> int:
 
 
 def _store_of(backbone: Backbone) -> _Store:
-    return _stores.setdefault(backbone, _Store())
+    with _stores_lock:
+        return _stores.setdefault(backbone, _Store())
 
 
 def _rounded_up(length: int) -> int:

@@ -86,6 +86,7 @@ class Trace:
 
 
 @functools.lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
+@torch.inference_mode(False)  # whatever the caller computes in
 def trace_training(
     skeleton: PreTrainedModel,
     lora: LoraSettings,
