@@ -127,7 +127,7 @@ class Backbone:
                 "stay as they are. Call again once they are written."
             )
         _refuse_missing_weights(spec.model, module, loading["missing_keys"])
-        prepare(module, spec.compute_dtype)
+        freeze(module, spec.compute_dtype)
         hidden_size, causal = _probe(module, spec)
         clones = ClonePool(module, _count_bytes(module))
         return cls(module, spec, fingerprint, hidden_size, causal, clones)
@@ -262,7 +262,7 @@ def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[st
         )
 
 
-def prepare(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+def freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """Bring the base to the state that nothing changes any more."""
     module.eval().requires_grad_(False)
     module.config.use_cache = False

@@ -60,12 +60,14 @@ class _BackboneCache:
                 backbone = self._find(spec) or self._load(spec, verbose)
         return backbone
 
-    def count_reusable_bytes(self, spec: "BackboneSpec") -> int:
+    def count_bytes_of(self, spec: "BackboneSpec") -> int:
         with self._lock:
-            bases = [self._bases[spec]] if spec in self._bases else []
-            if not bases and spec.device.type != "cpu":  # where all go if the next does not fit
-                bases = [b for other, b in self._bases.items() if other.device == spec.device]
-            return sum(backbone.nbytes for backbone in bases)
+            return self._bases[spec].nbytes if spec in self._bases else 0
+
+    def drop_others(self, spec: "BackboneSpec") -> None:
+        with self._lock:
+            for other in [b for b in self._bases if b.device == spec.device and b != spec]:
+                del self._bases[other]
 
     def clear(self) -> None:
         with self._lock:
@@ -207,22 +209,35 @@ def get_backbone(spec: "BackboneSpec", *, verbose: bool = False) -> "Backbone":
     return _cache.get(spec, verbose=verbose)
 
 
-def count_reusable_bytes(spec: "BackboneSpec") -> int:
-    """Count the bytes in use that a fit on the base of `spec` would not take anew."""
-    return _cache.count_reusable_bytes(spec)
+def count_bytes_of(spec: "BackboneSpec") -> int:
+    """Count the bytes of the base of `spec` if it is kept."""
+    return _cache.count_bytes_of(spec)
+
+
+def free_what_is_idle(spec: "BackboneSpec") -> None:
+    """Forget what is kept for later fits, but for the base of `spec`."""
+    from skqlora import state_store
+
+    state_store.forget()
+    _cache.drop_others(spec)
+    _free_memory()
 
 
 def clear_backbone_cache():
     """Forget the bases that this process keeps, their clones, tokenizers and tokenized texts.
 
+    And the hidden states of texts that fits with `layers` keep for later ones.
+
     Fitted classifiers stay as they are: their next prediction loads its base again. A base that a
     `fit` is using in another thread is freed when that ends.
     """
     if "torch" in sys.modules:  # else nothing was ever loaded
+        from skqlora import state_store
         from skqlora.architecture import check_architecture
         from skqlora.tokenization import load_tokenizer
         from skqlora.tracing import trace_training
 
+        state_store.forget()
         check_architecture.cache_clear()
         trace_training.cache_clear()
         load_tokenizer.cache_clear()

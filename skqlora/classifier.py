@@ -71,8 +71,9 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         Of which of the model's layers: all, that many at the end, or those of these numbers. Few at
         the end are faster to train: no gradient is computed before the first of them.
     cache_dtype : "auto", "bfloat16" or None, default="auto"
-        Layers before the first adapted one are computed once for each text and kept in this
-        precision, "auto" their own. None computes them in each epoch: slower, less memory.
+        Layers before the first adapted one are computed once for each text, not in each epoch, and
+        kept in this precision, "auto" their own: in a tenth of the free memory, and there for later
+        fits, else in a file. None keeps nothing; nor do one epoch and `partial_fit`.
     use_rslora : bool, default=False
         Scale by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False

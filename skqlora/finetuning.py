@@ -18,9 +18,9 @@ import torch
 from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
 from skqlora.architecture import Architecture, check_architecture, pin_revision
 from skqlora.backbone import BackboneSpec, describe_files
-from skqlora.cache import count_reusable_bytes, get_backbone
+from skqlora.cache import count_bytes_of, free_what_is_idle, get_backbone
 from skqlora.clones import targeted_modules
-from skqlora.data import TokenizedTexts
+from skqlora.data import TokenizedTexts, rounded_up_length
 from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 from skqlora.distributed import Ranks
 from skqlora.inputs import PREDICTION_CHUNK, LabelledTexts
@@ -29,6 +29,7 @@ from skqlora.memory import (
     MemoryEstimate,
     choose_checkpointing,
     estimate_training,
+    fits,
     free_memory,
 )
 from skqlora.model import TextClassifierModel, refuse_other_base
@@ -120,8 +121,11 @@ def finetuning(
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
-    n_classes, longest = len(table.classes), int(tokens.lengths.max())
-    checkpointing = _choose_checkpointing(params, spec, architecture, lora, n_classes, longest)
+    n_classes = len(table.classes)
+    longest = min(rounded_up_length(int(tokens.lengths.max())), max_length)
+    checkpointing = Ranks.current().call_on_first(
+        lambda: _choose_checkpointing(params, spec, architecture, lora, n_classes, longest)
+    )
 
     backbone = get_backbone(spec, verbose=bool(params.verbose))
     settings = training_settings(
@@ -134,9 +138,7 @@ def finetuning(
     Ranks.current().refuse_differences(
         lambda: (
             (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
-            # That activations are computed again changes nothing; each rank's memory decides.
-            (replace(settings, gradient_checkpointing=False), max_length),
-            (lora, params.lora_dropout, params.pooling),
+            (lora, settings, params.lora_dropout, params.pooling, max_length),
             (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
             joblib.hash((start, resumed)),
         )
@@ -179,7 +181,7 @@ def _prefix(
     if params.cache_dtype is None or settings.num_train_epochs == 1:
         return nullcontext()
     dtype = None if params.cache_dtype == "auto" else getattr(torch, params.cache_dtype)
-    return cached_prefix(model, tokens, max_length, dtype)
+    return cached_prefix(model, tokens, max_length, batch_size=params.batch_size, dtype=dtype)
 
 
 def estimate_fit(params: Any, n_classes: int) -> MemoryEstimate:
@@ -201,7 +203,7 @@ def estimate_fit(params: Any, n_classes: int) -> MemoryEstimate:
     n_tokens = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     return _estimate(params, spec, architecture, lora, n_classes, n_tokens)(
         n_texts=largest_pass(params.batch_size, n_tokens, spec.device),
-        checkpointing=params.gradient_checkpointing is True,
+        checkpointing=params.gradient_checkpointing not in ("auto", False),
     )
 
 
@@ -223,6 +225,7 @@ def _estimate(
         n_tokens=n_tokens,
         dropout=params.lora_dropout > 0,
         keep_pooler=params.pooling == "pooler",
+        batch_rows=params.batch_size * params.gradient_accumulation_steps,
     )
 
 
@@ -235,12 +238,20 @@ def _choose_checkpointing(
     longest: int,
 ) -> bool:
     """Decide by the memory that is there; refuse what cannot fit, by MemoryError."""
-    free = free_memory(spec.device, spread=spec.spread) + count_reusable_bytes(spec)
     n_texts = largest_pass(params.batch_size, longest, spec.device)
     wanted = params.gradient_checkpointing
+    wanted = wanted if isinstance(wanted, str) else bool(wanted)
     estimate = _estimate(params, spec, architecture, lora, n_classes, longest)
+    n_sharing = Ranks.current().size if spec.device.type == "cpu" else 1
+
+    def count_free() -> float:
+        free = free_memory(spec.device, spread=spec.spread)
+        return free / n_sharing + count_bytes_of(spec)
+
     try:
-        return choose_checkpointing(wanted, estimate, n_texts, spec.device, free)
+        if not fits(estimate(n_texts=n_texts, checkpointing=wanted is True), count_free()):
+            free_what_is_idle(spec)
+        return choose_checkpointing(wanted, estimate, n_texts, spec.device, count_free())
     except UntraceableError:
         return wanted is True
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ STATE_BYTES = {  # of AdamW's two moments, for each trained value
 CUBLAS_BYTES = 32 << 20  # torch's workspace for matrix products on Hopper GPUs; older ones take 8
 TRANSIENTS = 3  # of the widest activations, in a block's backward pass
 AUTO_SHARE = 0.9  # of the memory that is there; what would take more is checkpointed
+REFUSED_SHARE = 1.25  # of it; an estimate may be above what a fit takes by a quarter
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits, of version 2 and of version 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class MemoryEstimate:
     activations : int
         What a pass keeps for its backward pass.
     workspace : int
-        One dequantized weight, and what a layer's backward pass holds for a moment.
+        One dequantized weight, dropout's masks of an update, and what a layer's backward pass holds
+        for a moment.
     n_texts, n_tokens : int
         Texts of a pass, and of each its tokens, padding included.
     gradient_checkpointing : bool
@@ -103,6 +107,7 @@ def estimate_training(
     dropout: bool = False,
     keep_pooler: bool = False,
     checkpointing: bool = False,
+    batch_rows: int = 0,
 ) -> MemoryEstimate:
     """Estimate what a training takes, from shapes alone.
 
@@ -124,6 +129,8 @@ def estimate_training(
         Whether LoRA's dropout acts.
     keep_pooler : bool, default=False
     checkpointing : bool, default=False
+    batch_rows : int, default=0
+        Texts of an update, if more than of a pass.
 
     Returns
     -------
@@ -149,6 +156,8 @@ def estimate_training(
     n_trained = trace.adapter_elements + n_classes * (trace.hidden_size + 1)
     itemsize = spec.compute_dtype.itemsize if precision.autocast else 4
     transients = TRANSIENTS * n_texts * n_tokens * trace.widest * itemsize
+    transients += TRANSIENTS * trace.score_elements * itemsize
+    masks = max(batch_rows, n_texts) * trace.adapted_features if dropout else 0
     dequantized = trace.largest_weight * spec.compute_dtype.itemsize
     return MemoryEstimate(
         base=_count_base_bytes(skeleton, spec),
@@ -156,7 +165,7 @@ def estimate_training(
         gradients=4 * n_trained,
         optimizer=int(STATE_BYTES[optim] * n_trained),
         activations=(trace.kept_checkpointed or 0) if checkpointing else trace.kept,
-        workspace=transients + dequantized + (CUBLAS_BYTES if accelerated else 0),
+        workspace=transients + masks + dequantized + (CUBLAS_BYTES if accelerated else 0),
         n_texts=n_texts,
         n_tokens=n_tokens,
         gradient_checkpointing=checkpointing,
@@ -166,12 +175,17 @@ def estimate_training(
     )
 
 
+def fits(estimate: MemoryEstimate, free: float) -> bool:
+    """Tell whether there is as much, with a little to spare."""
+    return estimate.resident <= AUTO_SHARE * free
+
+
 def choose_checkpointing(
     wanted: bool | str,
     estimate: Callable[..., MemoryEstimate],
     n_texts: int,
     device: torch.device,
-    free: int,
+    free: float,
 ) -> bool:
     """Decide whether activations are computed again, and refuse what cannot fit.
 
@@ -183,7 +197,7 @@ def choose_checkpointing(
     n_texts : int
         Of the largest pass.
     device : torch.device
-    free : int
+    free : float
         Bytes of it that there are for all of the training.
 
     Returns
@@ -194,20 +208,20 @@ def choose_checkpointing(
     Raises
     ------
     MemoryError
-        If it does not fit even so. Of a GPU: not even with one text a pass, to which a training
-        that runs out of memory goes down.
+        If it cannot fit even so: the estimate is a quarter above what there is. Of a GPU: not even
+        with one text a pass, to which a training that runs out of memory goes down.
     """
     whole = estimate(n_texts=n_texts, checkpointing=wanted is True)
-    if whole.resident <= AUTO_SHARE * free:
+    if fits(whole, free):
         return wanted is True
     checkpointing = bool(wanted)
     least = estimate(n_texts=n_texts if device.type == "cpu" else 1, checkpointing=checkpointing)
-    if least.resident > free:
+    if least.resident > REFUSED_SHARE * free:
         remedy = "" if checkpointing else "gradient_checkpointing=True, "
         raise MemoryError(
             f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB left. "
             f"Wanted: less than that. Pass {remedy}a smaller batch_size, max_length or model; or "
-            "free the memory that others hold."
+            "free what others hold."
         )
     return wanted is True or least.gradient_checkpointing
 
@@ -234,7 +248,7 @@ def _packed_bytes(n_weights: int, double_quant: bool) -> int:
     return math.ceil(n_weights / 2) + constants
 
 
-def free_memory(device: torch.device, *, spread: bool = False) -> int:
+def free_memory(device: torch.device, *, spread: bool = False) -> float:
     """Count the bytes that a training could still take on a device.
 
     Parameters
@@ -245,12 +259,12 @@ def free_memory(device: torch.device, *, spread: bool = False) -> int:
 
     Returns
     -------
-    n_bytes : int
+    n_bytes : float
     """
     if device.type == "cpu":
         import psutil
 
-        return psutil.virtual_memory().available
+        return min(psutil.virtual_memory().available, _free_in_container())
     memory = getattr(torch, device.type)
     places = range(memory.device_count()) if spread else [device.index]
     # What torch has set aside and does not use is free too.
@@ -258,3 +272,20 @@ def free_memory(device: torch.device, *, spread: bool = False) -> int:
         memory.mem_get_info(i)[0] + memory.memory_reserved(i) - memory.memory_allocated(i)
         for i in places
     )
+
+
+def _free_in_container() -> float:
+    """Count the bytes up to a container's limit, which the operating system's figures leave out."""
+    for limit, usage, statistics in [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ]:
+        try:
+            allowed, used = (int((CGROUP / name).read_text()) for name in (limit, usage))
+            lines = (CGROUP / statistics).read_text().splitlines()
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        figures = dict(line.split() for line in lines)
+        # Pages of files are given up when memory is short.
+        return allowed - used + int(figures.get("inactive_file", 0))
+    return math.inf

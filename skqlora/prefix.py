@@ -4,13 +4,8 @@ They are frozen and bare, so what enters the first adapted layer stays the same.
 forward pass goes on around them: masks, positions and scalings stay its business.
 """
 
-import os
-import tempfile
-import threading
-import warnings
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,10 +14,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from skqlora import state_store
 from skqlora.backbone import PADDING_TOLERANCE, Backbone
-from skqlora.data import TokenizedTexts
+from skqlora.data import TokenizedTexts, rounded_up_length
+from skqlora.device import is_out_of_memory
 from skqlora.layers import transformer_blocks
-from skqlora.memory import free_memory
 from skqlora.model import TextClassifierModel
 
 # Of a pass, all of whose rows are padded to one length. On a CPU the shape of the pass that a text
@@ -30,7 +26,6 @@ from skqlora.model import TextClassifierModel
 # other texts there are.
 CPU_PASS_TOKENS = 256
 PASS_TOKENS = 4096
-MEMORY_SHARE = 0.25  # of what memory is free or holds states; more goes to a file
 N_CHECKED = 4  # texts
 
 
@@ -64,6 +59,8 @@ def cached_prefix(
     model: TextClassifierModel,
     tokens: TokenizedTexts,
     max_length: int,
+    *,
+    batch_size: int = 16,
     dtype: torch.dtype | None = None,
 ) -> Iterator[CachedPrefix | None]:
     """Compute what enters the first adapted layer, and skip the layers before it from then on.
@@ -75,6 +72,8 @@ def cached_prefix(
     tokens : TokenizedTexts
     max_length : int
         Greatest number of tokens that a text may have.
+    batch_size : int, default=16
+        Of the longest texts, the most in a pass.
     dtype : torch.dtype, optional
         To keep it in; as it is by default.
 
@@ -86,21 +85,21 @@ def cached_prefix(
     """
     blocks = transformer_blocks(model.encoder)
     first = _first_adapted(model.encoder, blocks)
-    prefix = None
-    with ExitStack() as stack:
-        if blocks is not None and first > 0:
-            run = _PrefixRun(model, list(blocks[: first + 1]), tokens.pad_id, max_length)
-            kind = first, max_length, dtype
-            states = _store_of(model.backbone).fetch(run, tokens.sequences, kind)
-            prefix = CachedPrefix(states) if states else None
-        if prefix is not None:
-            rows = np.arange(min(N_CHECKED, len(tokens)))
-            expected = _logits(model, tokens, rows)
-            stack.enter_context(run.skipped(prefix))
-            prefix.feed(rows)
-            if not _agree(_logits(model, tokens, rows), expected, model.backbone, dtype):
-                stack.close()
-                prefix = None
+    states: list[torch.Tensor] = []
+    if blocks is not None and first > 0:
+        longest = batch_size * int(tokens.lengths.max())
+        run = _PrefixRun(model, list(blocks[: first + 1]), tokens.pad_id, max_length, longest)
+        try:
+            if _can_be_cut(run, tokens, dtype):
+                states = _fetch(run, tokens.sequences, (first, dtype))
+        except RuntimeError as error:  # the training itself may go on in smaller passes
+            if not is_out_of_memory(error):
+                raise
+    if not states:
+        yield None
+        return
+    prefix = CachedPrefix(states)
+    with run.skipped(prefix):
         yield prefix
 
 
@@ -115,6 +114,25 @@ def _first_adapted(encoder: nn.Module, blocks: nn.ModuleList | None) -> int:
     elsewhere = adapted.difference(*in_blocks, [] if pooler is None else pooler.modules())
     numbers = [number for number, found in enumerate(in_blocks) if found]
     return 0 if elsewhere else min(numbers, default=0)
+
+
+def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | None) -> bool:
+    """Tell by the first texts whether the model computes the same from what would be kept."""
+    rows = np.arange(min(N_CHECKED, len(tokens)))
+    texts = {(row,): tokens.sequences[row] for row in rows}
+    expected = _logits(run.model, tokens, rows)
+    try:
+        width, kept_dtype = run.probe(tokens.sequences[0])
+        states = run.compute(texts, state_store.in_memory(width, dtype or kept_dtype))
+        prefix = CachedPrefix(list(map(states.__getitem__, texts)))
+        with run.skipped(prefix):
+            prefix.feed(rows)
+            found = _logits(run.model, tokens, rows)
+    except Exception as error:  # of a model whose layers are called in another way
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return False
+    return _agree(found, expected, run.model.backbone, dtype)
 
 
 @torch.no_grad()
@@ -146,13 +164,22 @@ class _PrefixRun:
     blocks : list of torch.nn.Module
         Those layers, and the first adapted one.
     pad_id, max_length : int
+    max_tokens : int
+        Greatest size of a pass on an accelerator.
     """
 
     def __init__(
-        self, model: TextClassifierModel, blocks: list[nn.Module], pad_id: int, max_length: int
+        self,
+        model: TextClassifierModel,
+        blocks: list[nn.Module],
+        pad_id: int,
+        max_length: int,
+        max_tokens: int,
     ):
-        self._model, self._blocks, self._last = model, blocks[:-1], blocks[-1]
+        self.model, self._blocks, self._last = model, blocks[:-1], blocks[-1]
         self._pad_id, self._max_length = pad_id, max_length
+        on_cpu = model.backbone.spec.device.type == "cpu"
+        self._pass_tokens = CPU_PASS_TOKENS if on_cpu else min(PASS_TOKENS, max_tokens)
         self._forms: list[int | None] = []  # of what each layer returns: a tuple of that length
 
     @torch.no_grad()
@@ -163,7 +190,7 @@ class _PrefixRun:
         -------
         hidden : torch.Tensor of shape (n_rows, n_tokens, width)
         """
-        device = self._model.backbone.spec.device
+        device = self.model.backbone.spec.device
         ids = np.full((n_rows, n_tokens), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row in range(n_rows):  # a pass that is not full has its last text several times
@@ -179,7 +206,7 @@ class _PrefixRun:
         handles = [block.register_forward_hook(self._note_form) for block in self._blocks]
         handles.append(self._last.register_forward_pre_hook(stop, with_kwargs=True))
         try:
-            self._model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+            self.model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         except _Reached:
             pass
         finally:
@@ -187,32 +214,45 @@ class _PrefixRun:
                 handle.remove()
         return reached[0]
 
+    def probe(self, sequence: np.ndarray) -> tuple[int, torch.dtype]:
+        """Tell the width and the dtype of what enters the first adapted layer."""
+        hidden = self([sequence], 1, len(sequence))
+        return hidden.shape[-1], hidden.dtype
+
+    def padded_length(self, length: int) -> int:
+        """Tell the length to which a text is padded: a few shapes of passes, little padding."""
+        return min(rounded_up_length(length), self._max_length)
+
     def compute(
-        self, texts: Mapping[tuple, np.ndarray], buffer: torch.Tensor
+        self, texts: Mapping[tuple, np.ndarray], allocate: Callable[[int], torch.Tensor]
     ) -> dict[tuple, torch.Tensor]:
-        """Compute the states of texts into a buffer of shape (n_tokens of all, width).
+        """Compute the states of texts, each in a pass whose shape follows from its length.
+
+        Parameters
+        ----------
+        texts : mapping of tuple to ndarray of int
+            Token ids by any key.
+        allocate : callable
+            Returns a tensor of shape (n_tokens, width) for a number of tokens.
 
         Returns
         -------
         states : dict of tuple to torch.Tensor of shape (n_tokens, width)
-            Views of the buffer.
         """
-        on_cpu = self._model.backbone.spec.device.type == "cpu"
         by_shape: dict[tuple[int, bool], list[tuple]] = {}
         for key, ids in texts.items():
-            n_tokens = min(_rounded_up(len(ids)), self._max_length)
+            n_tokens = self.padded_length(len(ids))
             # Attention takes another kernel where nothing is padded: apart, then.
             by_shape.setdefault((n_tokens, len(ids) == n_tokens), []).append(key)
-        states, start = {}, 0
+        states = {}
         for (n_tokens, _), keys in by_shape.items():
-            n_rows = max(1, (CPU_PASS_TOKENS if on_cpu else PASS_TOKENS) // n_tokens)
+            n_rows = max(1, self._pass_tokens // n_tokens)
             for first in range(0, len(keys), n_rows):
                 part = keys[first : first + n_rows]
-                hidden = self([texts[key] for key in part], n_rows, n_tokens).to(buffer)
+                hidden = self([texts[key] for key in part], n_rows, n_tokens).cpu()
                 for key, row in zip(part, hidden, strict=False):
-                    end = start + len(texts[key])
-                    states[key] = buffer[start:end].copy_(row[: end - start])
-                    start = end
+                    n = len(texts[key])
+                    states[key] = allocate(n).copy_(row[:n])
         return states
 
     @contextmanager
@@ -246,83 +286,27 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-class _Store:
-    """States of one base's texts: those of earlier fits too, while there is memory."""
-
-    def __init__(self) -> None:
-        self._states: dict[tuple, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    def fetch(
-        self,
-        run: _PrefixRun,
-        sequences: list[np.ndarray],
-        kind: tuple[int, int, torch.dtype | None],
-    ) -> list[torch.Tensor]:
-        """Return the states of each text, computed where they are not there; none without room."""
-        keys = [(*kind, ids.tobytes()) for ids in sequences]
-        with self._lock:
-            there = {key: self._states[key] for key in keys if key in self._states}
-        missing = {k: s for k, s in zip(keys, sequences, strict=True) if k not in there}
-        probe = run(sequences[:1], 1, len(sequences[0]))  # tells the width and the forms
-        dtype, width = kind[-1] or probe.dtype, probe.shape[-1]
+def _fetch(
+    run: _PrefixRun, sequences: list[np.ndarray], kind: tuple[int, torch.dtype | None]
+) -> list[torch.Tensor]:
+    """Return the states of each text, computed where they are not kept; none without room."""
+    backbone = run.model.backbone
+    keys = [(*kind, run.padded_length(len(ids)), ids.tobytes()) for ids in sequences]
+    there = state_store.find(backbone, keys)
+    missing = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in there}
+    if missing:
+        width, dtype = run.probe(sequences[0])
+        dtype = kind[1] or dtype
         n_tokens = sum(len(ids) for ids in missing.values())
         n_bytes = n_tokens * width * dtype.itemsize
-        with self._lock:
-            held = _count_bytes(self._states)
-            room = MEMORY_SHARE * (free_memory(torch.device("cpu")) + held)
-            if held + n_bytes > room:  # forget what this fit does not use
-                self._states = there.copy()
-        in_file = _count_bytes(there) + n_bytes > room
-        buffer = _allocate(n_tokens, width, dtype, in_file=in_file)
-        if buffer is None:
-            return []
-        there |= run.compute(missing, buffer)
-        with self._lock:
-            self._states |= there
-        return [there[key] for key in keys]
-
-
-_stores: "weakref.WeakKeyDictionary[Backbone, _Store]" = weakref.WeakKeyDictionary()
-_stores_lock = threading.Lock()
-
-
-def _count_bytes(states: Mapping[tuple, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in states.values())
-
-
-def _store_of(backbone: Backbone) -> _Store:
-    with _stores_lock:
-        return _stores.setdefault(backbone, _Store())
-
-
-def _rounded_up(length: int) -> int:
-    """Round up by at most a sixteenth: fewer shapes of passes, little padding."""
-    step = 1 << max(0, length.bit_length() - 5)
-    return -(-length // step) * step
-
-
-def _allocate(n_tokens: int, width: int, dtype: torch.dtype, *, in_file: bool) -> Any:
-    """Reserve memory, or a file that nobody else sees; None where the disk has no room."""
-    if not in_file:
-        return torch.empty(n_tokens, width, dtype=dtype)
-    n_bytes = n_tokens * width * dtype.itemsize
-    try:
-        with tempfile.TemporaryFile() as file:
-            # Room is taken now: a full disk would end the process at a later write.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, n_bytes)
+        with state_store.reserved_memory(n_bytes, backbone, there) as fits:
+            if fits:
+                computed = run.compute(missing, state_store.in_memory(width, dtype))
+                state_store.keep(backbone, computed)
             else:
-                file.write(bytes(n_bytes))
-            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(n_bytes,))
-    except OSError as error:
-        warnings.warn(
-            f"There are no {n_bytes / 1e9:.1f} GB in {tempfile.gettempdir()!r} to keep what the "
-            f"layers before the first adapted one compute ({error}), so each epoch computes it "
-            "again: the result is the same. Set TMPDIR to a larger disk, or pass "
-            "cache_dtype=None to do without.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return torch.from_numpy(mapped).view(dtype).view(n_tokens, width)
+                allocate = state_store.in_file(n_tokens, width, dtype)
+                if allocate is None:
+                    return []
+                computed = run.compute(missing, allocate)
+        there |= computed
+    return [there[key] for key in keys]

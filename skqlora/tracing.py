@@ -75,6 +75,10 @@ class Trace:
         Greatest number of features of a linear layer's input or output.
     largest_weight : int
         Greatest number of elements of a linear layer's weight.
+    adapted_features : int
+        Inputs of all adapted layers, for each of which dropout has a mask.
+    score_elements : int
+        Attention scores of a layer, where its kernel makes them; else 0.
     """
 
     kept: int
@@ -83,6 +87,8 @@ class Trace:
     hidden_size: int
     widest: int
     largest_weight: int
+    adapted_features: int
+    score_elements: int
 
 
 @functools.lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
@@ -121,7 +127,7 @@ def trace_training(
         If what the model does depends on values.
     """
     module = _adapted_skeleton(skeleton, lora, precision, keep_pooler=keep_pooler)
-    adapted = [m for m in module.modules() if isinstance(m, LoraLayer)]
+    adapted: list[Any] = [m for m in module.modules() if isinstance(m, LoraLayer)]
     if dropout:
         for layer in adapted:
             layer.lora_dropout[ADAPTER] = _Masked()
@@ -131,9 +137,13 @@ def trace_training(
     by_block = [_BlockUse(block, kept) for block in blocks]
     ids = torch.empty(n_rows, n_tokens, dtype=torch.int64, device="meta")
     try:
-        with torch.enable_grad(), saved_tensors_hooks(kept.add, _unneeded), _Dataless(precision):
+        with (
+            torch.enable_grad(),
+            saved_tensors_hooks(kept.add, _unneeded),
+            _Dataless(precision, padded=n_rows > 1),
+        ):
             hidden = module(input_ids=ids, attention_mask=torch.empty_like(ids))[0]
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model does with values that are not there
         raise UntraceableError(
             f"{type(module).__name__} cannot be run without values: {error}"
         ) from error
@@ -151,6 +161,8 @@ def trace_training(
         hidden_size=hidden.shape[-1],
         widest=max(max(weight.shape) for weight in weights),
         largest_weight=max(weight.numel() for weight in weights),
+        adapted_features=sum(layer.in_features for layer in adapted),
+        score_elements=_count_scores(module, n_rows, n_tokens),
     )
 
 
@@ -172,6 +184,12 @@ def _adapted_skeleton(
     with library_lock, torch.device("meta"):
         inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
     return module.eval()
+
+
+def _count_scores(module: PreTrainedModel, n_rows: int, n_tokens: int) -> int:
+    if module.config._attn_implementation != "eager":
+        return 0
+    return n_rows * n_tokens**2 * (getattr(module.config, "num_attention_heads", None) or 1)
 
 
 def _dense_bytes(adapted: list[Any], precision: Precision) -> int:
@@ -240,15 +258,15 @@ class _Dataless(TorchFunctionMode):
     kernels keep, and autocast, which leaves the meta device alone, acts.
     """
 
-    def __init__(self, precision: Precision):
+    def __init__(self, precision: Precision, *, padded: bool):
         super().__init__()
-        self._precision = precision
+        self._precision, self._padded = precision, padded
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         precision = self._precision
         if name == "__bool__":  # of "is nothing padded?"
-            return False
+            return not self._padded
         if name == "scaled_dot_product_attention":
             query, key, value = args[:3]
             if precision.autocast:

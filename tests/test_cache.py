@@ -164,7 +164,7 @@ def test_nothing_is_kept_of_a_load_that_failed(model, monkeypatch):
         raise RuntimeError("half-built")
 
     with monkeypatch.context() as patch:
-        patch.setattr("skqlora.backbone.prepare", fail)
+        patch.setattr("skqlora.backbone.freeze", fail)
         with pytest.raises(RuntimeError, match="half-built"):
             make_backbone(model)
     assert backbone_cache_info().n_backbones == 0

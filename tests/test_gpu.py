@@ -19,7 +19,7 @@ from helpers import (
 )
 from transformers import AutoModelForSequenceClassification
 
-from skqlora import clear_backbone_cache
+from skqlora import clear_backbone_cache, estimate_memory
 from skqlora.finetuning import backbone_spec
 from skqlora.optimizer import PagedPool
 from skqlora.training import Trainer, predict_logits
@@ -238,3 +238,27 @@ def test_estimators_that_are_kept_take_no_gpu_memory_paged_or_not(medium, corpus
     kept += [fit(seed) for seed in range(8)]
     assert torch.cuda.memory_allocated() - before < 65536
     assert len(paged) == n_paged
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_estimate_of_memory_is_what_a_fit_takes(medium, quantization, checkpointing):
+    clear_backbone_cache()
+    torch.cuda.empty_cache()
+    words = " ".join(word for topic in tiny.TOPICS.values() for word in topic)
+    texts, labels = [words * 20] * 32, [0, 1] * 16  # longer than max_length
+    params = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "quantization": quantization,
+        "max_length": 128,
+        "gradient_checkpointing": checkpointing,
+        "num_train_epochs": 1,
+    }
+    estimated = estimate_memory(**make_classifier(medium, **params).get_params())
+    assert (estimated.n_texts, estimated.n_tokens) == (16, 128)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    make_classifier(medium, **params).fit(texts, labels)
+    measured = torch.cuda.max_memory_allocated() - before  # managed memory is not in it
+    assert 0.95 < estimated.resident / measured < 1.25

@@ -24,10 +24,12 @@ from helpers import (
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
+from skqlora import state_store
 from skqlora.cache import clear_backbone_cache
 from skqlora.clones import targeted_modules
 from skqlora.layers import modules_in_layers, transformer_blocks
 from skqlora.prefix import _PrefixRun, cached_prefix
+from skqlora.state_store import MEMORY_SHARE
 from skqlora.training import Trainer
 
 TARGETS = np.arange(32) % 3
@@ -150,9 +152,9 @@ def test_folds_and_candidates_share_the_cache(deep, texts, labels, monkeypatch):
     computed = []
     compute = _PrefixRun.compute
 
-    def note(self, texts, buffer):
-        computed.extend(texts)
-        return compute(self, texts, buffer)
+    def note(self, texts, allocate):
+        computed.extend(key for key in texts if len(key) > 1)  # not those of the check
+        return compute(self, texts, allocate)
 
     monkeypatch.setattr(_PrefixRun, "compute", note)
     clf = make_classifier(deep, layers=1, num_train_epochs=2)
@@ -172,7 +174,7 @@ def test_a_cache_in_bfloat16(deep, texts, labels):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Let a file be the only place for what is cached."""
-    monkeypatch.setattr("skqlora.prefix.free_memory", lambda device: 0)
+    monkeypatch.setattr("skqlora.state_store.free_memory", lambda device: 0)
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10, total=10**10)
     )
@@ -192,9 +194,45 @@ def test_what_is_too_large_for_memory_goes_to_a_file(deep, corpus, passes, monke
     from_file = make_classifier(deep, layers=1).fit(*corpus)
     assert len(files) == 1
     assert passes == [3] * 9
+    # A file is of one fit; what comes later does not depend on it.
+    assert_equal_adapters(make_classifier(deep, layers=1).fit(*corpus), from_file)
+    assert passes == [3] * 18
+    assert state_store.count_bytes() == 0
     monkeypatch.undo()
     clear_backbone_cache()
     assert_equal_adapters(from_file, make_classifier(deep, layers=1).fit(*corpus))
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_a_file_where_space_cannot_be_reserved_at_once(deep, corpus, passes, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    make_classifier(deep, layers=1).fit(*corpus)
+    assert passes == [3] * 9
+
+
+def test_memory_for_later_fits_is_bounded(deep, texts, labels, monkeypatch):
+    clear_backbone_cache()
+    make_classifier(deep, layers=1).fit(texts[:24], labels[:24])
+    one_fit = state_store.count_bytes()
+    # As much as one fit, whatever is held: a second on other texts forgets the first's.
+    monkeypatch.setattr(
+        "skqlora.state_store.free_memory",
+        lambda device: one_fit / MEMORY_SHARE - state_store._count_kept(),
+    )
+    make_classifier(deep, layers=1).fit(texts[20:44], labels[20:44])
+    assert 0 < state_store.count_bytes() <= one_fit
+    clear_backbone_cache()
+    assert state_store.count_bytes() == 0
+
+
+def test_threads_share_the_bound(deep, monkeypatch):
+    backbone = make_backbone(deep)
+    monkeypatch.setattr("skqlora.state_store.free_memory", lambda device: 1000 / MEMORY_SHARE)
+    with (
+        state_store.reserved_memory(600, backbone, {}) as first,
+        state_store.reserved_memory(600, backbone, {}) as second,
+    ):
+        assert (first, second) == (True, False)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a disk takes what it is given")
@@ -217,12 +255,12 @@ def test_a_model_whose_layers_hand_on_more_than_hidden_states_is_not_cut(deep):
     made = {}
     forward_of_first, forward_of_last = first.forward, last.forward
 
-    def leave(*args, **kwargs):
-        made["mean"] = forward_of_first(*args, **kwargs).mean()
-        return forward_of_first(*args, **kwargs)
+    def leave(hidden, *args, **kwargs):
+        made["skipped"] = hidden
+        return forward_of_first(hidden, *args, **kwargs)
 
     def take(hidden, *args, **kwargs):
-        return forward_of_last(hidden + made.pop("mean", 100.0), *args, **kwargs)
+        return forward_of_last(hidden + made["skipped"], *args, **kwargs)
 
     first.forward, last.forward = leave, take
     with cached_prefix(model, tokens, 12) as prefix:

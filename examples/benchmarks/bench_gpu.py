@@ -160,7 +160,7 @@ def run_ours(size, options):
     import numpy as np
 
     from skqlora.adapter import LoraSettings
-    from skqlora.backbone import Backbone, BackboneSpec, prepare
+    from skqlora.backbone import Backbone, BackboneSpec, freeze
     from skqlora.clones import ClonePool
     from skqlora.data import TokenizedTexts
     from skqlora.memory import estimate_training
@@ -170,7 +170,7 @@ def run_ours(size, options):
     device = start(options)
     module = make_base(size, device)
     spec = BackboneSpec(f"random-{size}", None, "nf4", True, torch.bfloat16, device)
-    prepare(module, spec.compute_dtype)
+    freeze(module, spec.compute_dtype)
     backbone = Backbone(module, spec, size, module.config.hidden_size, True, ClonePool(module, 0))
     lora = LoraSettings(
         LORA["r"], LORA["lora_alpha"], "all-linear", False, False, init_lora_weights=True
