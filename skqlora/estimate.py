@@ -1,14 +1,18 @@
 """What a fit will take, for a user to ask before it."""
 
+from numbers import Integral
+
+from sklearn.utils.validation import check_scalar
+
 from skqlora.classifier import QLoRAClassifier
 from skqlora.quiet import import_libraries
 
 
 def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
-    """Estimate the memory that a fit takes at its peak, from the model's configuration alone.
+    """Estimate the memory that a fit takes at its peak, from the model's shapes alone.
 
-    No weights are read, and the device need not be there. It is what `fit` itself looks at before
-    it loads a model.
+    Of the model only the configuration and the tokenizer are read, no weights, and the device need
+    not be there. It is what `fit` itself looks at before it loads a model.
 
     Parameters
     ----------
@@ -16,15 +20,19 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
         A Hub id or a local folder.
     n_classes : int, default=2
     **params
-        Parameters of `QLoRAClassifier`, with its defaults. ``batch_size`` and ``max_length`` are
-        the shape of a pass: texts as long as they may be. ``gradient_checkpointing="auto"`` counts
-        as False here; `fit` turns it on where that would not fit.
+        Parameters of `QLoRAClassifier`, with its defaults: those of an estimator are
+        ``**clf.get_params()``. Texts count as `max_length` tokens long, and `batch_size` of them
+        share a pass; on a CPU no more than 2,048 tokens do, which is faster, so that there only a
+        small `batch_size` matters. ``gradient_checkpointing="auto"`` counts as False here; `fit`
+        turns it on where that would not fit.
 
     Returns
     -------
     estimate : MemoryEstimate
-        Bytes by what takes them; printed, a table. On a GPU without the CUDA context of 0.3 to 0.6
-        GB, on a CPU without the libraries' own 0.5 to 1 GB.
+        Bytes: `base`, `adapter`, `gradients`, `optimizer`, `activations`, `workspace`, their
+        `total`, and `resident`, which leaves out an optimizer state that may be paged to the host.
+        Printed, a table. It is what tensors take. On a GPU the CUDA context comes on top, 0.3 to
+        0.6 GB; on a CPU what the process, its libraries and their caches take, 1 GB and more.
 
     Raises
     ------
@@ -48,6 +56,7 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     >>> from skqlora import estimate_memory
     >>> print(estimate_memory(device="cuda", batch_size=4, max_length=512))  # doctest: +SKIP
     """
+    check_scalar(n_classes, "n_classes", Integral, min_val=2)
     clf = QLoRAClassifier(model, **params)
     clf._validate_params()
     import_libraries()

@@ -217,11 +217,13 @@ def choose_checkpointing(
     checkpointing = bool(wanted)
     least = estimate(n_texts=n_texts if device.type == "cpu" else 1, checkpointing=checkpointing)
     if least.resident > REFUSED_SHARE * free:
-        remedy = "" if checkpointing else "gradient_checkpointing=True, "
+        remedies = [] if checkpointing else ["gradient_checkpointing=True"]
+        if least.n_texts > 1:
+            remedies.append(f"batch_size below {least.n_texts}")
         raise MemoryError(
-            f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB left. "
-            f"Wanted: less than that. Pass {remedy}a smaller batch_size, max_length or model; or "
-            "free what others hold."
+            f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB for it, "
+            f"a loaded base included. Pass {', '.join(remedies + ['layers=1'])}, or a "
+            "smaller max_length or model; or free what other programs hold."
         )
     return wanted is True or least.gradient_checkpointing
 

@@ -172,6 +172,8 @@ def test_estimate_refuses_what_a_fit_would():
         estimate_memory("somewhere", batch_size=0)
     with pytest.raises(ValueError, match="could not be read"):
         estimate_memory("nobody/nothing")
+    with pytest.raises(ValueError, match="n_classes == 1, must be >= 2"):
+        estimate_memory("somewhere", n_classes=1)
     with pytest.raises(TypeError, match="ranks"):
         estimate_memory("somewhere", ranks=4)
 
@@ -191,7 +193,9 @@ def test_a_fit_that_cannot_fit_is_refused_before_a_model_is_loaded(encoder, corp
     clear_backbone_cache()
     estimated = estimate_memory(encoder, n_classes=3, lora_r=4, max_length=16, device="cpu")
     memory(estimated.base / 2)
-    with pytest.raises(MemoryError, match=r"(?s)at least\nbase .*total .*MB left.*batch_size"):
+    with pytest.raises(
+        MemoryError, match=r"(?s)at least\nbase .*total .*MB for it.*batch_size below"
+    ):
         make_classifier(encoder).fit(*corpus)
     assert backbone_cache_info().misses == 0
 

@@ -37,7 +37,7 @@ BATCH_SIZE = 16
 def main():
     options = parse_arguments()
     varied = VARIED | {"rows": options.rows, "tokens": options.tokens}
-    base = {"rows": varied["rows"][1], "tokens": varied["tokens"][1], "classes": 2, "rank": 16}
+    base = {"rows": varied["rows"][1], "tokens": varied["tokens"][1], "classes": 4, "rank": 16}
     points = {}  # seconds by (rows, tokens, classes, rank)
     grid = [base | {name: value} for name, values in varied.items() for value in values]
     distinct = [dict(items) for items in dict.fromkeys(tuple(p.items()) for p in grid)]
@@ -64,12 +64,16 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, nargs="+", default=VARIED["rows"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=VARIED["tokens"])
+    for name in ("rows", "tokens"):
+        parser.add_argument(
+            f"--{name}", type=int, nargs="+", default=VARIED[name], help="two numbers or more"
+        )
     parser.add_argument("--profile", action="store_true", help="print where the time of a fit goes")
     parser.add_argument("--output", type=Path, default=Path("bench_scaling.json"))
     parser.add_argument("--picture", type=Path, help="draw the curves, in logarithms")
     options = parser.parse_args()
+    if min(len(options.rows), len(options.tokens)) < 2:
+        parser.error("--rows and --tokens take two numbers or more")
     if options.model is None:
         sys.path.insert(0, str(Path(__file__).parent.parent))
         options.model = importlib.import_module("01_quickstart").minilm_folder()
