@@ -222,7 +222,7 @@ def choose_checkpointing(
             remedies.append(f"batch_size below {least.n_texts}")
         raise MemoryError(
             f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB for it, "
-            f"a loaded base included. Pass {', '.join(remedies + ['layers=1'])}, or a "
+            f"a loaded base included. Pass {', '.join([*remedies, 'layers=1'])}, or a "
             "smaller max_length or model; or free what other programs hold."
         )
     return wanted is True or least.gradient_checkpointing
