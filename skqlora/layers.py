@@ -1,9 +1,10 @@
-"""The stack of a model's layers, and the modules of some of them.
+"""The stack of a model's layers, the modules of some of them, and another `forward` for them.
 
 Knows nothing of adapters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -63,6 +64,26 @@ def modules_in_layers(
             "layers, or target_modules='all-linear'."
         )
     return chosen
+
+
+@contextmanager
+def replaced_forwards(blocks: Iterable[nn.Module], forwards: Iterable[Any]) -> Iterator[None]:
+    """Give each layer another `forward`, and on leaving its own again.
+
+    accelerate's hooks, too, are a `forward` of the layer itself, over that of its class.
+    """
+    blocks = list(blocks)
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
 
 
 def _stacks(encoder: Any) -> dict[str, nn.ModuleList]:

@@ -18,7 +18,7 @@ from skqlora import state_store
 from skqlora.backbone import PADDING_TOLERANCE, Backbone
 from skqlora.data import TokenizedTexts, rounded_up_length
 from skqlora.device import is_out_of_memory
-from skqlora.layers import transformer_blocks
+from skqlora.layers import replaced_forwards, transformer_blocks
 from skqlora.model import TextClassifierModel
 
 # Of a pass, all of whose rows are padded to one length. On a CPU the shape of the pass that a text
@@ -258,20 +258,12 @@ class _PrefixRun:
     @contextmanager
     def skipped(self, prefix: CachedPrefix) -> Iterator[None]:
         """Let the layers hand on what they get, and the first adapted one get what is fed."""
-        # accelerate's hooks, too, are a `forward` of the block itself, over that of its class.
-        hooked = [block.__dict__.get("forward") for block in self._blocks]
         handle = self._last.register_forward_pre_hook(prefix.replace, with_kwargs=True)
-        for block, form in zip(self._blocks, self._forms, strict=True):
-            block.forward = partial(_hand_on, form)
         try:
-            yield
+            with replaced_forwards(self._blocks, [partial(_hand_on, f) for f in self._forms]):
+                yield
         finally:
             handle.remove()
-            for block, forward in zip(self._blocks, hooked, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
 
     def _note_form(self, block: nn.Module, args: tuple, output: Any) -> None:
         self._forms.append(len(output) if isinstance(output, tuple) else None)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from skqlora.layers import transformer_blocks
+from skqlora.layers import replaced_forwards, transformer_blocks
 
 
 @contextmanager
@@ -32,18 +32,8 @@ def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
             f"Got gradient_checkpointing=True but {type(encoder).__name__} has no single stack of "
             "like blocks. Pass gradient_checkpointing=False."
         )
-    # accelerate's hooks, too, are a `forward` of the block itself, over that of its class.
-    hooked = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = partial(_checkpointed, block.forward)
-    try:
+    with replaced_forwards(blocks, [partial(_checkpointed, block.forward) for block in blocks]):
         yield
-    finally:
-        for block, forward in zip(blocks, hooked, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 def _checkpointed(forward, *args, **kwargs):
