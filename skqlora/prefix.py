@@ -87,8 +87,8 @@ def cached_prefix(
     first = _first_adapted(model.encoder, blocks)
     states: list[torch.Tensor] = []
     if blocks is not None and first > 0:
-        longest = batch_size * int(tokens.lengths.max())
-        run = _PrefixRun(model, list(blocks[: first + 1]), tokens.pad_id, max_length, longest)
+        max_tokens = batch_size * int(tokens.lengths.max())
+        run = _PrefixRun(model, list(blocks[: first + 1]), tokens.pad_id, max_length, max_tokens)
         try:
             if _can_be_cut(run, tokens, dtype):
                 states = _fetch(run, tokens.sequences, (first, dtype))
@@ -124,7 +124,7 @@ def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | 
     try:
         width, kept_dtype = run.probe(tokens.sequences[0])
         states = run.compute(texts, state_store.in_memory(width, dtype or kept_dtype))
-        prefix = CachedPrefix(list(map(states.__getitem__, texts)))
+        prefix = CachedPrefix([states[key] for key in texts])
         with run.skipped(prefix):
             prefix.feed(rows)
             found = _logits(run.model, tokens, rows)

@@ -47,12 +47,6 @@ def forget() -> None:
         _stores.clear()
 
 
-def count_bytes() -> int:
-    """Count the bytes that are kept for later fits."""
-    with _lock:
-        return _count_kept()
-
-
 @contextmanager
 def reserved_memory(n_bytes: int, backbone: Backbone, used: States) -> Iterator[bool]:
     """Set memory aside for states to be computed; make room by what nobody uses.

@@ -197,7 +197,7 @@ def test_what_is_too_large_for_memory_goes_to_a_file(deep, corpus, passes, monke
     # A file is of one fit; what comes later does not depend on it.
     assert_equal_adapters(make_classifier(deep, layers=1).fit(*corpus), from_file)
     assert passes == [3] * 18
-    assert state_store.count_bytes() == 0
+    assert state_store._count_kept() == 0
     monkeypatch.undo()
     clear_backbone_cache()
     assert_equal_adapters(from_file, make_classifier(deep, layers=1).fit(*corpus))
@@ -213,16 +213,16 @@ def test_a_file_where_space_cannot_be_reserved_at_once(deep, corpus, passes, mon
 def test_memory_for_later_fits_is_bounded(deep, texts, labels, monkeypatch):
     clear_backbone_cache()
     make_classifier(deep, layers=1).fit(texts[:24], labels[:24])
-    one_fit = state_store.count_bytes()
+    one_fit = state_store._count_kept()
     # As much as one fit, whatever is held: a second on other texts forgets the first's.
     monkeypatch.setattr(
         "skqlora.state_store.free_memory",
         lambda device: one_fit / MEMORY_SHARE - state_store._count_kept(),
     )
     make_classifier(deep, layers=1).fit(texts[20:44], labels[20:44])
-    assert 0 < state_store.count_bytes() <= one_fit
+    assert 0 < state_store._count_kept() <= one_fit
     clear_backbone_cache()
-    assert state_store.count_bytes() == 0
+    assert state_store._count_kept() == 0
 
 
 def test_threads_share_the_bound(deep, monkeypatch):

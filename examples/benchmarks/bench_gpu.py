@@ -23,38 +23,13 @@ import torch
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
 N_CLASSES = 4
-SIZES = {  # of Llama 3.2 1B, Llama 3.1 8B and 70B, LLaMA 33B and 65B (arXiv 2302.13971, table 2)
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2)},
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "heads": (32, 8),
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "heads": (32, 8),
-    },
-    "33b": {
-        "hidden_size": 6656,
-        "intermediate_size": 17920,
-        "num_hidden_layers": 60,
-        "heads": (52, 52),
-    },
-    "65b": {
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 80,
-        "heads": (64, 64),
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "heads": (64, 8),
-    },
+SIZES = {  # hidden size, intermediate size, layers, heads, heads of keys and values
+    "tiny": (64, 128, 2, 4, 2),
+    "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
+    "8b": (4096, 14336, 32, 32, 8),  # Llama 3.1, as 70b
+    "33b": (6656, 17920, 60, 52, 52),  # LLaMA (arXiv 2302.13971, table 2), as 65b
+    "65b": (8192, 22016, 80, 64, 64),
+    "70b": (8192, 28672, 80, 64, 8),
 }
 
 
@@ -94,10 +69,11 @@ def make_config(size, vocab_size=32000):
     """Build a Llama's configuration."""
     from transformers import LlamaConfig
 
-    shape = dict(SIZES[size])
-    heads, key_value_heads = shape.pop("heads")
+    hidden_size, intermediate_size, n_layers, heads, key_value_heads = SIZES[size]
     return LlamaConfig(
-        **shape,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=n_layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         vocab_size=vocab_size,
@@ -142,7 +118,7 @@ def quantized(block, dtype):
                         quant_type="nf4",
                     )
                 packed.weight = bnb.nn.Params4bit(
-                    linear.weight.data.to("cpu"),
+                    linear.weight.data,
                     requires_grad=False,
                     compress_statistics=True,
                     quant_type="nf4",
