@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import bitsandbytes as bnb
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skqlora.adapter import AdapterState, LoraSettings
 from skqlora.flat import FlatParameters
+from skqlora.lora_layer import FusedLinear4bit
 from skqlora.quiet import library_lock
 
 ADAPTER = "default"  # PEFT's own name for the only adapter of a model
@@ -321,7 +323,7 @@ def drop_pooler(module: PreTrainedModel) -> None:
 def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
     """Write the settings as PEFT wants them for a base or its skeleton."""
     targets = lora.target_modules
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
@@ -331,6 +333,8 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
         fan_in_fan_out=has_conv1d(module),
     )
+    config._register_custom_module({bnb.nn.Linear4bit: FusedLinear4bit})
+    return config
 
 
 def targeted_modules(

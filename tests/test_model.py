@@ -12,14 +12,19 @@ from helpers import (
     lora_parameters,
     make_backbone,
     make_model,
+    make_settings,
     random_tokens,
     restore_model,
+    train,
 )
 from peft import inject_adapter_in_model
+from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from skqlora.clones import peft_config
+from skqlora.lora_layer import FusedLinear4bit
 from skqlora.model import RowClock, RowDropout, pool
 from skqlora.training import predict_logits
 
@@ -98,7 +103,7 @@ def test_fresh_model_drops_nothing_until_it_is_trained(backbone):
 def test_base_is_never_in_training_mode(backbone, use_dora):
     lora = replace(LORA, use_dora=use_dora)
     model = make_model(backbone, lora, 3, "auto", lora_dropout=0.1).train()
-    own = {"TextClassifierModel", "RowDropout", "ModuleDict", "Linear4bit"}
+    own = {"TextClassifierModel", "RowDropout", "ModuleDict", "FusedLinear4bit"}
     assert {type(m).__name__ for m in model.modules() if m.training} == own
     assert not any(layer.base_layer.training for layer in model.clone.layers)
     assert not any(m.training for m in model.eval().modules())
@@ -125,7 +130,9 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type)
         dtype=torch.float32,
         device_map={"": "cpu"},
     )
-    inject_adapter_in_model(peft_config(LORA, theirs.base_model), theirs.base_model)
+    config = peft_config(LORA, theirs.base_model)
+    config._custom_modules = None  # PEFT's own layers
+    inject_adapter_in_model(config, theirs.base_model)
     theirs.base_model.load_state_dict(lora_parameters(ours), strict=False)
     theirs.score.load_state_dict(ours.head.state_dict())
     theirs.eval()
@@ -137,7 +144,27 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type)
     input_ids, mask = tokens.batch(np.arange(len(tokens)))
     with torch.no_grad():
         expected = theirs(input_ids=input_ids, attention_mask=mask).logits
-        np.testing.assert_array_equal(ours(input_ids, mask).numpy(), expected.numpy())
+        np.testing.assert_allclose(ours(input_ids, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("model_type", ["bert", "opt", "gpt2", "qwen3"])
+def test_fused_layer_trains_as_that_of_peft(tiny_model, model_type, use_dora, monkeypatch):
+    lora = replace(LORA, use_dora=use_dora, use_rslora=True)
+    base = make_backbone(tiny_model(model_type))
+    targets = np.arange(16) % 3
+
+    def trained():
+        model = make_model(base, lora, lora_dropout=0.2)
+        losses = train(model, random_tokens(), targets, make_settings(num_train_epochs=2))
+        return losses, {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+
+    losses, ours = trained()
+    monkeypatch.setattr(FusedLinear4bit, "forward", Linear4bit.forward)
+    their_losses, theirs = trained()
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-5)
+    for name, value in ours.items():
+        assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
 
 
 def test_logits_of_a_pooler_equal_those_of_transformers(encoder):
