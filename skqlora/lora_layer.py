@@ -25,7 +25,7 @@ class FusedLinear4bit(Linear4bit):
         ):
             return super().forward(x, *args, **kwargs)
         down = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)
-        # Flat rows, since autograd refuses to change a view of what bitsandbytes returned.
+        # (n_rows * n_tokens, out_features): addmm_ adds to a matrix
         output = self.base_layer(x.flatten(0, -2), *args, **kwargs)
         up: Any = self.lora_B[adapter]
         output.addmm_(down, up.weight.t(), alpha=self.scaling[adapter])

@@ -110,7 +110,9 @@ def test_base_is_never_in_training_mode(backbone, use_dora):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
-def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type):
+def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type, monkeypatch):
+    # What it rounds otherwise has a test of its own.
+    monkeypatch.setattr(FusedLinear4bit, "forward", Linear4bit.forward)
     decoder = tiny_model(model_type)
     ours = make_model(make_backbone(decoder), seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -144,7 +146,7 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type)
     input_ids, mask = tokens.batch(np.arange(len(tokens)))
     with torch.no_grad():
         expected = theirs(input_ids=input_ids, attention_mask=mask).logits
-        np.testing.assert_allclose(ours(input_ids, mask), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(ours(input_ids, mask).numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
