@@ -1,19 +1,13 @@
 """`QLoRAClassifier`: the scikit-learn contract, and nothing of torch's internals."""
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import ClassVar
 
-import numpy as np
-from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted
 
 from skqlora.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_callbacks
 from skqlora.constraints import PARAMETER_CONSTRAINTS
 from skqlora.fitting import fit_epochs, fit_piece
 from skqlora.inputs import (
-    PREDICTION_CHUNK,
     LabelledTexts,
     check_classes,
     check_labelled_texts,
@@ -23,12 +17,14 @@ from skqlora.inputs import (
     refuse_other_classes,
 )
 from skqlora.persistence import PersistenceMixin
-from skqlora.quiet import import_libraries
+from skqlora.prediction import PredictionMixin
 
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
 
 
-class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, BaseEstimator):
+class QLoRAClassifier(
+    PredictionMixin, PersistenceMixin, CallbackSupportMixin, ClassifierMixin, BaseEstimator
+):
     """Text classifier that fine-tunes a 4-bit language model with QLoRA.
 
     `fit` loads the model in 4-bit NF4 with double quantization, adds low-rank adapters (LoRA) to
@@ -228,6 +224,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         use_rslora=False,
         use_dora=False,
         init_lora_weights=True,
+        init_head_weights="normal",
         pooling="auto",
         max_length="auto",
         num_train_epochs=5,
@@ -269,6 +266,7 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.init_lora_weights = init_lora_weights
+        self.init_head_weights = init_head_weights
         self.pooling = pooling
         self.max_length = max_length
         self.num_train_epochs = num_train_epochs
@@ -385,88 +383,6 @@ class QLoRAClassifier(PersistenceMixin, CallbackSupportMixin, ClassifierMixin, B
             refuse_other_classes(table, self.classes_, self.multilabel_)
         self.__dict__.update(fit_piece(self, table, goes_on=goes_on))
         return self
-
-    def predict(self, X):
-        """Predict the label of each text.
-
-        Parameters
-        ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            Or an iterator of them, of which some are held at a time.
-
-        Returns
-        -------
-        labels : ndarray of shape (n_texts,), or (n_texts, n_labels)
-            In the dtype of the labels that were fitted; a multilabel indicator of int.
-        """
-        logits = self._logits(X)
-        if self.multilabel_:
-            return (logits > 0).astype(int)
-        return self.classes_[logits.argmax(axis=1)]
-
-    def predict_proba(self, X):
-        """Predict the probability of each class.
-
-        Parameters
-        ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            Or an iterator of them, of which some are held at a time.
-
-        Returns
-        -------
-        probabilities : ndarray of shape (n_texts, n_classes)
-            The softmax of the logits, in the order of `classes_`. For multilabel targets the
-            sigmoid of each: of a label to be there.
-        """
-        logits = self._logits(X)
-        return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
-
-    def predict_log_proba(self, X):
-        """Predict the logarithm of the probability of each class.
-
-        Parameters
-        ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            Or an iterator of them, of which some are held at a time.
-
-        Returns
-        -------
-        log_probabilities : ndarray of shape (n_texts, n_classes)
-        """
-        logits = self._logits(X)
-        return log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
-
-    def decision_function(self, X):
-        """Compute the logits of each class.
-
-        Parameters
-        ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            Or an iterator of them, of which some are held at a time.
-
-        Returns
-        -------
-        scores : ndarray of shape (n_texts, n_classes), or (n_texts,) for two classes
-            For two classes the second's logit less the first's, so that positive means
-            ``classes_[1]``.
-        """
-        logits = self._logits(X)
-        if logits.shape[1] == 2 and not self.multilabel_:
-            return logits[:, 1] - logits[:, 0]
-        return logits
-
-    def _logits(self, X) -> np.ndarray:
-        """Logits of shape (n_texts, n_classes), from the base of the process and the adapter."""
-        check_is_fitted(self)
-        self._validate_params()
-        if isinstance(X, Iterator):
-            chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
-            return np.concatenate([self._logits(chunk) for chunk in chunks] or [self._logits([])])
-        texts = self._check_texts(X, reset=False)
-        import_libraries()
-        from skqlora.finetuning import compute_logits
-
-        return compute_logits(self, self.adapter_, texts)
 
     def _check_texts(self, X, *, reset: bool, name: str = "X") -> list[str]:
         """Turn `X` into texts; `reset` says whether what is seen in it is to be remembered."""

@@ -25,9 +25,10 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "use_dora": ["boolean"],
     # Other starts of PEFT write to the base, which is shared.
     "init_lora_weights": [Options(bool, {True}), StrOptions({"gaussian"})],
+    "init_head_weights": [StrOptions({"normal", "probe"})],
     "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],
     "max_length": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
-    "num_train_epochs": [Interval(Integral, 1, None, closed="left")],
+    "num_train_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
     "batch_size": [Interval(Integral, 1, None, closed="left")],
     "gradient_accumulation_steps": [Interval(Integral, 1, None, closed="left")],
     "gradient_checkpointing": [StrOptions({"auto"}), "boolean"],

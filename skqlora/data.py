@@ -37,6 +37,10 @@ class TokenizedTexts:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def take(self, rows: np.ndarray) -> "TokenizedTexts":
+        """Select rows by number."""
+        return TokenizedTexts([self.sequences[row] for row in rows], self.pad_id)
+
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack the token ids of `rows`, padded to the longest of them.
 

@@ -34,20 +34,19 @@ from skqlora.memory import (
 )
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.prefix import CachedPrefix, cached_prefix
+from skqlora.probe import choose_probe_rows, fit_probe
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
+from skqlora.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, scaled_learning_rate
 from skqlora.tokenization import CachingTokenizer, load_tokenizer
 from skqlora.tracing import UntraceableError
 from skqlora.training import (
     Trainer,
     TrainingSettings,
+    compute_features,
     largest_pass,
     predict_logits,
-    scaled_learning_rate,
 )
-
-AUTO_MAX_LENGTH = 512  # tokens
-HEAD_RATE_FACTOR = 5.0  # of the head's learning rate over LoRA's
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ def finetuning(
     table: LabelledTexts,
     weights: np.ndarray,
     seed: int,
+    n_epochs: int,
     *,
     start: AdapterState | None = None,
     resumed: OptimizerState | None = None,
@@ -104,6 +104,8 @@ def finetuning(
     weights : ndarray of the shape of the targets
     seed : int
         The same on all ranks.
+    n_epochs : int
+        That are to be trained at most.
     start : AdapterState, optional
         To go on from.
     resumed : OptimizerState, optional
@@ -132,6 +134,7 @@ def finetuning(
         params,
         architecture.model_type,
         backbone.hidden_size,
+        n_epochs,
         incremental=incremental,
         checkpointing=checkpointing,
     )
@@ -143,31 +146,52 @@ def finetuning(
             joblib.hash((start, resumed)),
         )
     )
-    with (
-        TextClassifierModel.fresh(
-            backbone,
-            lora,
-            n_classes=n_classes,
-            pooling=params.pooling,
-            seed=seed,
-            lora_dropout=params.lora_dropout,
-            start=start,
-        ) as model,
-        _prefix(params, model, tokens, max_length, settings) as prefix,
-        Trainer(
-            model,
-            tokens,
-            table.targets,
-            settings,
-            weights=weights,
-            prefix=prefix,
-            seed=seed,
-            resumed=resumed,
-            verbose=params.verbose,
-        ) as trainer,
-    ):
-        footprint = backbone.footprint(model.count_trainable())
-        yield Finetuning(trainer, max_length, tokenizer.fingerprint, footprint)
+    with TextClassifierModel.fresh(
+        backbone,
+        lora,
+        n_classes=n_classes,
+        pooling=params.pooling,
+        seed=seed,
+        lora_dropout=params.lora_dropout,
+        start=start,
+    ) as model:
+        if start is None and not incremental and params.init_head_weights == "probe":
+            _start_from_probe(model, tokens, table.targets, weights, seed)
+        with (
+            _prefix(params, model, tokens, max_length, settings) as prefix,
+            Trainer(
+                model,
+                tokens,
+                table.targets,
+                settings,
+                weights=weights,
+                prefix=prefix,
+                seed=seed,
+                resumed=resumed,
+                verbose=params.verbose,
+            ) as trainer,
+        ):
+            footprint = backbone.footprint(model.count_trainable())
+            yield Finetuning(trainer, max_length, tokenizer.fingerprint, footprint)
+
+
+def _start_from_probe(
+    model: TextClassifierModel,
+    tokens: TokenizedTexts,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    seed: int,
+) -> None:
+    """Let the head begin as a logistic regression on what the base gives; the adapter is none."""
+
+    def fit() -> dict[str, np.ndarray]:
+        rows = choose_probe_rows(targets, seed)
+        features = compute_features(model, tokens.take(rows))
+        bias = model.head.bias is not None
+        n_classes = model.head.out_features
+        return fit_probe(features, targets[rows], weights[rows], n_classes, bias=bias)
+
+    model.start_head(Ranks.current().call_on_first(fit))
 
 
 def _prefix(
@@ -369,6 +393,7 @@ def training_settings(
     params: Any,
     model_type: str,
     hidden_size: int,
+    n_epochs: int,
     *,
     incremental: bool = False,
     checkpointing: bool = False,
@@ -380,7 +405,7 @@ def training_settings(
     if head_rate == "auto":
         head_rate = HEAD_RATE_FACTOR * rate
     return TrainingSettings(
-        num_train_epochs=1 if incremental else params.num_train_epochs,
+        num_train_epochs=n_epochs,
         batch_size=params.batch_size,
         gradient_accumulation_steps=params.gradient_accumulation_steps,
         gradient_checkpointing=checkpointing,

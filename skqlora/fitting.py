@@ -25,6 +25,7 @@ from skqlora.checkpoints import (
 from skqlora.early_stopping import EarlyStopping, hold_out
 from skqlora.inputs import LabelledTexts
 from skqlora.quiet import import_libraries
+from skqlora.recipe import auto_epochs
 from skqlora.weights import apply_class_weight
 
 if TYPE_CHECKING:  # torch and transformers load at first use
@@ -74,11 +75,12 @@ def fit_epochs(
             stopping = EarlyStopping(estimator, held_out, earlier or [math.nan] * len(losses))
         table, weights = apply_class_weight(table, estimator.class_weight)
         weights = weights / weights.mean()  # only their ratios matter
-        tasks = FitTasks(estimator, estimator.num_train_epochs, table)
+        n_epochs = _choose_n_epochs(estimator, len(table))
+        tasks = FitTasks(estimator, n_epochs, table)
         start = estimator.adapter_ if goes_on else None
         data = table, held_out, weights, start
         with (
-            finetuning(estimator, table, weights, seed + len(losses), start=start) as run,
+            finetuning(estimator, table, weights, seed + len(losses), n_epochs, start=start) as run,
             _Saving(estimator, data, run, losses, stopping, ranks) as saving,
         ):
             fitted = partial(_attributes, table, run, losses, seed)
@@ -88,7 +90,7 @@ def fit_epochs(
                 if start is not None:
                     stopping.start_from(score, start)
             attributes = saving.resume(fitted)  # of the last epoch
-            for _ in range(run.trainer.n_epochs, estimator.num_train_epochs):
+            for _ in range(run.trainer.n_epochs, n_epochs):
                 tasks.begin_epoch()
                 try:
                     losses.append(run.trainer.train_epoch(saving))
@@ -130,6 +132,7 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
             table,
             weights,
             seed + len(losses),
+            n_epochs=1,
             start=estimator.adapter_ if goes_on else None,
             resumed=estimator.optimizer_state_ if goes_on else None,
             incremental=True,
@@ -272,6 +275,12 @@ def _attributes(
         "footprint_": run.footprint,
         "_random_seed": seed,
     }
+
+
+def _choose_n_epochs(estimator: Any, n_texts: int) -> int:
+    if estimator.num_train_epochs == "auto":
+        return auto_epochs(n_texts, estimator.batch_size * estimator.gradient_accumulation_steps)
+    return estimator.num_train_epochs
 
 
 def _choose_seed(estimator: Any, goes_on: bool) -> int:

@@ -178,7 +178,7 @@ class TextClassifierModel(nn.Module):
                 refuse_other_base(backbone, start)
                 _refuse_other_settings(lora, pooling, start)
                 clone.activate(start)
-                _write_head(model.head, start)
+                _write_head(model.head, start.head_tensors)
             with model._row_dropout(lora_dropout, seed):
                 yield model
 
@@ -202,7 +202,7 @@ class TextClassifierModel(nn.Module):
             clone.activate(state)
             n_classes = len(state.head_tensors["weight"])
             model = cls(backbone, clone, state.lora, state.pooling, n_classes)
-            _write_head(model.head, state)
+            _write_head(model.head, state.head_tensors)
             yield model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -213,13 +213,27 @@ class TextClassifierModel(nn.Module):
         input_ids, attention_mask : torch.Tensor of shape (n_rows, n_tokens)
             Padded on the right.
         """
+        return self.head(self.embed(input_ids, attention_mask))
+
+    def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Compute what the head is given: float32 vectors of shape (n_rows, hidden_size)."""
         with self.backbone.autocast():
             output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
             if self.pooling == "pooler":
                 pooled = output.pooler_output
             else:
                 pooled = pool(output[0], attention_mask, self.pooling)
-        return self.head(pooled.float())
+        return pooled.float()
+
+    def start_head(self, tensors: dict[str, np.ndarray]) -> None:
+        """Let the head begin with these values.
+
+        Parameters
+        ----------
+        tensors : dict of str to ndarray
+            As `AdapterState.head_tensors`.
+        """
+        _write_head(self.head, tensors)
 
     def train(self, mode: bool = True) -> "TextClassifierModel":
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
@@ -320,12 +334,10 @@ def _start_head(head: nn.Linear, seed: int) -> None:
 
 
 @torch.no_grad()
-def _write_head(head: nn.Linear, state: AdapterState) -> None:
-    refuse_other_shapes(
-        state.head_tensors, {name: tuple(p.shape) for name, p in head.named_parameters()}
-    )
+def _write_head(head: nn.Linear, tensors: dict[str, np.ndarray]) -> None:
+    refuse_other_shapes(tensors, {name: tuple(p.shape) for name, p in head.named_parameters()})
     for name, parameter in head.named_parameters():
-        parameter.copy_(torch.tensor(state.head_tensors[name]))
+        parameter.copy_(torch.tensor(tensors[name]))
 
 
 def refuse_other_base(backbone: Backbone, state: AdapterState) -> None:

@@ -54,26 +54,6 @@ class TrainingSettings:
     incremental: bool = False
 
 
-def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
-    """LoRA's peak rate by the width of the model.
-
-    "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): 10 times the 5e-5 of full
-    fine-tuning at a width of 2000, times (2000 / width) to a power fitted for each family.
-
-    Parameters
-    ----------
-    model_type : str
-        transformers' name of the family.
-    hidden_size : int
-
-    Returns
-    -------
-    learning_rate : float
-    """
-    power = 0.0775 if model_type.startswith("qwen") else 0.781
-    return 5e-5 * 10 * (2000 / hidden_size) ** power
-
-
 def largest_pass(batch_size: int, longest: int, device: torch.device) -> int:
     """Tell how many texts of the greatest length share a forward pass of a training.
 
@@ -443,7 +423,6 @@ def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     )
 
 
-@torch.no_grad()
 def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
     """Compute the logits of each row, in the order of the rows.
 
@@ -457,12 +436,39 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
     -------
     logits : ndarray of shape (n_rows, n_classes), float64
     """
-    device = model.backbone.spec.device
     logits = np.empty((len(tokens), model.head.out_features))
+    return _compute(model, model, tokens, logits)
+
+
+def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+    """Compute what the head would be given for each row, in the order of the rows.
+
+    Parameters
+    ----------
+    model : TextClassifierModel
+    tokens : TokenizedTexts
+        Of n_rows texts.
+
+    Returns
+    -------
+    features : ndarray of shape (n_rows, hidden_size), float32
+    """
+    features = np.empty((len(tokens), model.head.in_features), dtype=np.float32)
+    return _compute(model.embed, model, tokens, features)
+
+
+@torch.no_grad()
+def _compute(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: TextClassifierModel,
+    tokens: TokenizedTexts,
+    values: np.ndarray,
+) -> np.ndarray:
+    device = model.backbone.spec.device
     for rows in prediction_batches(tokens.lengths, PREDICTION_TOKENS):
         input_ids, mask = tokens.batch(rows)
-        logits[rows] = model(input_ids.to(device), mask.to(device)).cpu().numpy()
-    return logits
+        values[rows] = function(input_ids.to(device), mask.to(device)).cpu().numpy()
+    return values
 
 
 def _count_warmup_steps(settings: TrainingSettings, n_steps: int) -> int:

@@ -23,7 +23,8 @@ from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
 from skqlora.layers import transformer_blocks
 from skqlora.model import TextClassifierModel
-from skqlora.training import Trainer, _count_warmup_steps, scaled_learning_rate
+from skqlora.recipe import scaled_learning_rate
+from skqlora.training import Trainer, _count_warmup_steps
 
 TARGETS = np.arange(32) % 3
 

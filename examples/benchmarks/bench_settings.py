@@ -1,0 +1,144 @@
+"""
+How the settings of QLoRAClassifier change what it reaches: the sweeps behind its defaults.
+
+Each sweep is a list of parameters, each tried on every task with every seed, in a fresh process.
+Prints a Markdown table, appends each run to a JSON-lines file from which the next call goes on, and
+draws a picture where the parameter is a number::
+
+    python bench_settings.py --data folder --sweep rank
+    python bench_settings.py --data folder --tasks trec6-100 --try '{"lora_r": 2}' '{"lora_r": 64}'
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tasks import add_options, load_table, main_figure, resolve_model, run_missing, score
+
+RATES = (0.25, 0.5, 1, 2, 4)
+SWEEPS = {
+    "rank": [{"lora_r": r} for r in (1, 2, 4, 8, 16, 32, 64)],
+    "modules": [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*attention.*(query|key|value|dense)"},
+        {"target_modules": r".*layer\.\d+\.(intermediate|output)\.dense"},
+        {"target_modules": r".*(query|value)"},
+    ],
+    "layers": [{"layers": k} for k in (1, 2, 3, 4, 5, 6)],
+    "epochs": [{"num_train_epochs": n} for n in (3, 5, 10, 20, 40)],
+    "head": [
+        {"init_head_weights": start, "num_train_epochs": n}
+        for start in ("normal", "probe")
+        for n in (5, 20)
+    ],
+    "rate": [{"learning_rate": 1.83e-3 * factor} for factor in RATES],
+    "head rate": [{"head_learning_rate": 1.83e-3 * factor} for factor in (0.5, 1, 2, 5, 10)],
+    "dropout": [{"lora_dropout": p} for p in (0.0, 0.05, 0.1, 0.2)],
+    "batch": [{"batch_size": n} for n in (8, 16, 32)],
+    "alpha": [{"lora_alpha": a} for a in (8, 16, 32)],
+    "pooling": [{"pooling": pooling} for pooling in ("mean", "cls")],
+    "warm-up": [{"warmup_steps": share} for share in (0.0, 0.1, 0.3)],
+}
+CHOSEN_ON = ["trec6-100", "trec6-1000", "banking77-1shot", "banking77-3shot", "banking77-10shot"]
+
+
+def main():
+    options = parse_arguments()
+    settings = SWEEPS[options.sweep] if options.settings is None else options.settings
+    keys = [
+        {"task": task, "seed": seed, "settings": setting}
+        for seed in options.seeds
+        for task in options.tasks
+        for setting in settings
+    ]
+    run = partial(fit_and_score, options.model, options.data, options.test_rows)
+    runs = run_missing(keys, run, options.output)
+    print_table(runs, settings, options.tasks)
+    if options.plot is not None:
+        plot(runs, settings, options.tasks, options.plot)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    add_options(parser, CHOSEN_ON, "bench_settings.jsonl")
+    parser.add_argument("--sweep", choices=SWEEPS, default="rank")
+    parser.add_argument(
+        "--try", nargs="+", type=json.loads, dest="settings", help="parameters, each as JSON"
+    )
+    parser.add_argument("--plot", type=Path, help="picture, for a parameter that is a number")
+    options = parser.parse_args()
+    options.model = resolve_model(options.model)
+    return options
+
+
+def fit_and_score(model, data, test_rows, key):
+    """Fit with the settings and score on the test texts."""
+    from skqlora import QLoRAClassifier
+
+    table = load_table(key["task"], data, key["seed"], test_rows)
+    clf = QLoRAClassifier(model, random_state=key["seed"], **key["settings"])
+    start = time.perf_counter()
+    clf.fit(table.texts, table.y)
+    fit_s = time.perf_counter() - start
+    return {"fit_s": fit_s} | score(table, clf.predict_proba, clf.classes_)
+
+
+def figures_of(runs, setting, task):
+    """Collect what the seeds of one setting reached on one task, in percent."""
+    return 100 * np.array(
+        [
+            run[main_figure(task)]
+            for run in runs
+            if run["run"]["settings"] == setting and run["run"]["task"] == task
+        ]
+    )
+
+
+def print_table(runs, settings, tasks):
+    """Print mean and deviation for each setting and task, and the mean over tasks."""
+    print(f"| settings | {' | '.join(tasks)} | mean | fit, s |")
+    print("|---" * (len(tasks) + 3) + "|")
+    for setting in settings:
+        figures = [figures_of(runs, setting, task) for task in tasks]
+        seconds = [run["fit_s"] for run in runs if run["run"]["settings"] == setting]
+        cells = [f"{np.mean(f):.1f} ± {np.std(f, ddof=len(f) > 1):.1f}" for f in figures]
+        name = ", ".join(f"{k}={v}" for k, v in setting.items()) or "defaults"
+        mean = np.mean([np.mean(f) for f in figures])
+        print(f"| {name} | {' | '.join(cells)} | {mean:.1f} | {np.mean(seconds):.0f} |")
+
+
+def plot(runs, settings, tasks, path):
+    """Draw a line for each task over the parameter that the settings differ in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    name = next(iter(settings[0]))
+    values = [setting[name] for setting in settings]
+    numeric = all(isinstance(value, (int, float)) for value in values)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for task in tasks:
+        figures = [figures_of(runs, setting, task) for setting in settings]
+        axes.errorbar(
+            values if numeric else range(len(values)),
+            [np.mean(f) for f in figures],
+            yerr=[np.std(f, ddof=len(f) > 1) for f in figures],
+            marker="o",
+            capsize=3,
+            label=task,
+        )
+    if numeric and max(values) > 8 * min(values) > 0:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(values if numeric else range(len(values)), [str(value) for value in values])
+    axes.set(xlabel=name, ylabel="accuracy, %" if "goemotions" not in tasks else "score, %")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"\nThe picture is in {path}")
+
+
+if __name__ == "__main__":
+    main()

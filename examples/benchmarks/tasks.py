@@ -1,0 +1,245 @@
+"""
+The tasks that benchmarks share: tables of texts, how a prediction is scored, and runs that resume.
+
+A table is ``folder/name/train.csv`` and ``test.csv`` with the columns "text" and "label", or
+"labels" with several ones joined by "|"; a few have other files beside these. Without a folder the
+tables come from the Hugging Face Hub, for which ``pip install datasets`` is needed.
+"""
+
+import csv
+import importlib
+import json
+import multiprocessing
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which rows of which table are trained on: all of `part`, `rows`, or `rows_per_class`."""
+
+    table: str
+    part: str = "train"
+    rows: int | None = None
+    rows_per_class: int | None = None
+
+
+TASKS = {
+    "trec6-100": Task("trec6", rows=100),
+    "trec6-1000": Task("trec6", rows=1000),
+    "trec6": Task("trec6"),
+    "banking77-1shot": Task("banking77", rows_per_class=1),
+    "banking77-3shot": Task("banking77", rows_per_class=3),
+    "banking77-10shot": Task("banking77", part="train_10shot"),
+    "banking77": Task("banking77"),
+    "clinc150-1shot": Task("clinc150", rows_per_class=1),
+    "clinc150-3shot": Task("clinc150", rows_per_class=3),
+    "clinc150-10shot": Task("clinc150", part="train_10shot"),
+    "r8-100": Task("r8", rows=100),
+    "r8-1000": Task("r8", rows=1000),
+    "r8": Task("r8"),
+    "goemotions-2000": Task("goemotions", rows=2000),
+    "goemotions": Task("goemotions"),
+}
+# Table: the Hub's data set, its columns of texts and labels, its split for validation.
+ON_THE_HUB = {
+    "trec6": ("SetFit/TREC-QC", "text", "label_coarse_original", None),
+    "banking77": ("mteb/banking77", "text", "label_text", None),
+    "clinc150": ("DeepPavlov/clinc150", "utterance", "label", "validation"),
+    "goemotions": ("google-research-datasets/go_emotions", "text", "labels", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a run is given.
+
+    Attributes
+    ----------
+    texts, test_texts, valid_texts : list of str
+        To train on, to be scored on, and, for several labels a text, to choose the threshold on.
+    y, test_y, valid_y : ndarray of shape (n_texts,) or (n_texts, n_labels)
+    """
+
+    texts: list
+    y: np.ndarray
+    test_texts: list
+    test_y: np.ndarray
+    valid_texts: list
+    valid_y: np.ndarray
+
+    @property
+    def multilabel(self):
+        """Whether a text has any number of labels."""
+        return self.y.ndim == 2
+
+
+def load_table(name, data, seed, max_test_rows=None):
+    """Return the `Table` of a task: rows are drawn by the seed where not all are taken."""
+    task = TASKS[name]
+    parts = read_hub(task.table) if data is None else read_folder(data / task.table)
+    if task.part != "train" and task.part not in parts:
+        raise SystemExit(f"{name} needs {task.part}.csv, which is not in {data or 'the Hub'}.")
+    texts, labels = parts[task.part]
+    tests = parts["test"]
+    valid = parts.get("valid", ([], []))
+    if isinstance(labels[0], tuple):
+        binarizer = MultiLabelBinarizer().fit(labels)
+        labels, test_y, valid_y = map(binarizer.transform, (labels, tests[1], valid[1]))
+    else:
+        labels, test_y, valid_y = map(np.array, (labels, tests[1], valid[1]))
+    chosen = choose_rows(labels, task, np.random.RandomState(seed))
+    tested = np.random.RandomState(0).permutation(len(tests[0]))[:max_test_rows]
+    return Table(
+        texts=[texts[row] for row in chosen],
+        y=labels[chosen],
+        test_texts=[tests[0][row] for row in tested],
+        test_y=test_y[tested],
+        valid_texts=valid[0][:max_test_rows],
+        valid_y=valid_y[:max_test_rows],
+    )
+
+
+def choose_rows(labels, task, rng):
+    """Draw rows; few of a table with classes hold one of each."""
+    order = rng.permutation(len(labels))
+    if task.rows_per_class is not None:
+        return np.concatenate(
+            [order[labels[order] == label][: task.rows_per_class] for label in np.unique(labels)]
+        )
+    if task.rows is None or labels.ndim == 2:
+        return order[: task.rows]
+    firsts = np.unique(labels[order], return_index=True)[1]
+    rest = np.setdiff1d(np.arange(len(order)), firsts)
+    return order[np.concatenate([firsts, rest])[: task.rows]]
+
+
+def read_folder(folder):
+    """Read all tables of a folder: texts and labels, by the file's name."""
+    return {file.stem: read_csv(file) for file in sorted(folder.glob("*.csv"))}
+
+
+def read_csv(path):
+    """Read texts and labels; several labels of a text as a tuple."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    texts = [row["text"] for row in rows]
+    if "labels" in rows[0]:
+        return texts, [tuple(row["labels"].split("|")) for row in rows]
+    return texts, [row["label"] for row in rows]
+
+
+def read_hub(table):
+    """Read a table from the Hub."""
+    from datasets import load_dataset
+
+    if table not in ON_THE_HUB:
+        raise SystemExit(f"{table} is not on the Hub. Pass its folder by --data.")
+    name, text, label, validation = ON_THE_HUB[table]
+    splits = {"train": "train", "test": "test"} | ({"valid": validation} if validation else {})
+    parts = {}
+    for part, split in splits.items():
+        rows = load_dataset(name, split=split)
+        known = [(x, y) for x, y in zip(rows[text], rows[label], strict=True) if y is not None]
+        texts = [x for x, _ in known]
+        parts[part] = texts, [tuple(y) if isinstance(y, list) else y for _, y in known]
+    return parts
+
+
+def score(table, predict_proba, classes):
+    """Score probabilities on the test texts.
+
+    Several labels of a text are those above one threshold, which is chosen on the texts for
+    validation by macro-F1.
+
+    Returns
+    -------
+    figures : dict of str to float
+        "accuracy" (of all labels of a text) and "macro_f1".
+    """
+    proba = predict_proba(table.test_texts)
+    if table.multilabel:
+        predicted = proba >= best_threshold(predict_proba(table.valid_texts), table.valid_y)
+    else:
+        predicted = np.asarray(classes)[proba.argmax(axis=1)]
+    return {
+        "accuracy": accuracy_score(table.test_y, predicted),
+        "macro_f1": f1_score(table.test_y, predicted, average="macro", zero_division=0),
+    }
+
+
+def best_threshold(proba, y):
+    """Return the threshold of the greatest macro-F1, of 0.02 to 0.6."""
+    thresholds = np.linspace(0.02, 0.6, 59)
+    scores = [f1_score(y, proba >= t, average="macro", zero_division=0) for t in thresholds]
+    return thresholds[int(np.argmax(scores))]
+
+
+def main_figure(task):
+    """Name the figure that counts: macro-F1 for several labels a text, else accuracy."""
+    return "macro_f1" if TASKS[task].table == "goemotions" else "accuracy"
+
+
+def in_fresh_process(function, *arguments):
+    """Call a function in a new process, whose peak memory is then its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def run_missing(keys, run, output):
+    """Run what a JSON-lines file does not hold yet, in fresh processes, and return all runs.
+
+    Parameters
+    ----------
+    keys : list of dict
+        What tells a run from the others.
+    run : callable
+        Given such a dict; returns a dict of figures.
+    output : Path
+        Each run is written there when it is over, so that a long table can be made in pieces.
+    """
+    done = {}
+    if output.exists():
+        for line in output.read_text().splitlines():
+            figures = json.loads(line)
+            done[json.dumps(figures["run"], sort_keys=True)] = figures
+    for key in keys:
+        name = json.dumps(key, sort_keys=True)
+        if name in done:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        done[name] = {"run": key} | in_fresh_process(run, key)
+        with output.open("a") as file:
+            file.write(json.dumps(done[name]) + "\n")
+    return [done[json.dumps(key, sort_keys=True)] for key in keys]
+
+
+def resolve_model(model):
+    """Return the model that was asked for, or the folder of the embedded MiniLM."""
+    return quickstart().minilm_folder() if model is None else model
+
+
+def frozen_embeddings(model):
+    """Return the transformer of the quick start that gives a frozen model's vectors."""
+    return quickstart().FrozenEmbeddings(model)
+
+
+def quickstart():
+    """Import the quick start, which holds both."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    return importlib.import_module("01_quickstart")
+
+
+def add_options(parser, tasks, output):
+    """Add the options that all of these benchmarks have."""
+    parser.add_argument("--data", type=Path, help="folder of folders of tables (default: the Hub)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks)
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--test-rows", type=int, help="of each table, for a shorter run")
+    parser.add_argument("--output", type=Path, default=Path(output))

@@ -1,0 +1,96 @@
+"""A head that starts as a logistic regression on what the base gives untrained.
+
+Knows nothing of models: vectors and numbers come in.
+"""
+
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+PROBE_TEXTS = 10_000  # the most that a probe is fitted to
+PROBE_C = 0.1  # of the regression, on features of unit variance
+
+
+def choose_probe_rows(targets: np.ndarray, seed: int) -> np.ndarray:
+    """Draw what a probe is fitted to: all rows, or of very many some, with one of each class.
+
+    Parameters
+    ----------
+    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_labels)
+    seed : int
+
+    Returns
+    -------
+    rows : ndarray of int
+    """
+    order = np.random.RandomState(seed).permutation(len(targets))
+    if targets.ndim == 1:
+        firsts = np.unique(targets[order], return_index=True)[1]
+        order = np.concatenate([order[firsts], np.delete(order, firsts)])
+    return np.sort(order[:PROBE_TEXTS])
+
+
+def fit_probe(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray, n_classes: int, *, bias: bool
+) -> dict[str, np.ndarray]:
+    """Fit a logistic regression, for multilabel targets one for each label.
+
+    Fine-tuning from there is "linear probing, then fine-tuning" (Kumar et al., arXiv 2202.10054):
+    it starts where frozen features end, and bends them less than a head that knows nothing.
+
+    Parameters
+    ----------
+    features : ndarray of shape (n_rows, n_features)
+    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_classes)
+        Class numbers, or a multilabel indicator.
+    weights : ndarray of the shape of `targets`
+        What each counts in the loss.
+    n_classes : int
+    bias : bool
+        Whether the head adds one.
+
+    Returns
+    -------
+    head : dict of str to ndarray
+        float32: "weight" of shape (n_classes, n_features) and, if asked for, "bias".
+    """
+    mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
+    scale = np.sqrt(((features - mean) ** 2).mean(axis=0))
+    scale[scale == 0] = 1
+    scaled = (features - mean) / scale
+    if targets.ndim == 1:
+        weight, intercept = _fit(scaled, targets, weights, n_classes, bias)
+    else:
+        columns = [
+            _fit(scaled, *column, 2, bias) for column in zip(targets.T, weights.T, strict=True)
+        ]
+        weight = np.stack([w[1] - w[0] for w, _ in columns])
+        intercept = np.stack([b[1] - b[0] for _, b in columns])
+    weight = weight / scale
+    head = {"weight": weight.astype(np.float32)}
+    if bias:
+        head["bias"] = (intercept - weight @ mean).astype(np.float32)
+    return head
+
+
+def _fit(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray, n_classes: int, bias: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a row of weights and an intercept for each class; zeros for one that is not there."""
+    weight, intercept = np.zeros((n_classes, features.shape[1])), np.zeros(n_classes)
+    counted = weights > 0
+    present = np.unique(targets[counted])
+    if len(present) < 2:
+        return weight, intercept
+    probe = LogisticRegression(C=PROBE_C, fit_intercept=bias, max_iter=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, whatever it reached
+        probe.fit(features[counted], targets[counted], weights[counted])
+    if len(present) == 2:  # one row for both
+        weight[present] = probe.coef_ * np.array([[-0.5], [0.5]])
+        intercept[present] = probe.intercept_ * np.array([-0.5, 0.5])
+    else:
+        weight[present], intercept[present] = probe.coef_, probe.intercept_
+    return weight, intercept
