@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+TEXT_FIELD = "{text}"  # in a prompt
+TRUNCATIONS = "head", "tail", "head+tail", "windows"
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -24,6 +27,16 @@ class LoraSettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+@dataclass(frozen=True)
+class TextSettings:
+    """How a text becomes token ids, in the names of the estimator's parameters."""
+
+    max_length: int
+    truncation: str = "head"
+    stride: int = 0
+    prompt: str | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class AdapterState:
     """What a fit leaves behind: everything that is not in the base.
@@ -34,8 +47,7 @@ class AdapterState:
     ----------
     lora : LoraSettings
     pooling : {"last", "mean", "cls", "pooler"}
-    max_length : int
-        Greatest number of tokens of a text.
+    text : TextSettings
     model, revision : str or None
         The base's name where it was trained, and the commit if it came from the Hub.
     fingerprint, tokenizer_fingerprint : str
@@ -48,7 +60,7 @@ class AdapterState:
 
     lora: LoraSettings
     pooling: str
-    max_length: int
+    text: TextSettings
     model: str
     revision: str | None
     fingerprint: str

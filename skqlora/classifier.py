@@ -25,7 +25,7 @@ DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_n
 class QLoRAClassifier(
     PredictionMixin, PersistenceMixin, CallbackSupportMixin, ClassifierMixin, BaseEstimator
 ):
-    """Text classifier that fine-tunes a 4-bit language model with QLoRA.
+    r"""Text classifier that fine-tunes a 4-bit language model with QLoRA.
 
     `fit` loads the model in 4-bit NF4 with double quantization, adds low-rank adapters (LoRA) to
     every linear layer, trains them and a linear head with paged AdamW, and keeps only those. This
@@ -76,14 +76,28 @@ class QLoRAClassifier(
         Learn the weights' magnitudes apart from their directions (arXiv 2402.09353). Slower.
     init_lora_weights : True or "gaussian", default=True
         How LoRA's A starts: Kaiming uniform or Gaussian. B starts at zero.
+    init_head_weights : {"normal", "probe"}, default="normal"
+        How the head starts: with small random numbers, or, at the cost of a prediction of the
+        training texts, as a logistic regression on what the base gives untrained (arXiv
+        2202.10054). `partial_fit` does the first.
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
         How the hidden states of a text become one vector. "auto" is the last token for a decoder
         and the mean for an encoder.
     max_length : int or "auto", default="auto"
-        Greatest number of tokens of a text; the end of a longer one is cut off, whatever the
-        tokenizer's `truncation_side`. "auto" is 512, or less if the model takes less.
-    num_train_epochs : int, default=5
-        Passes over the training texts.
+        Greatest number of tokens of a text, special ones and those of `prompt` included. "auto" is
+        512, or less if the model takes less.
+    truncation : {"head", "tail", "head+tail", "windows"}, default="head"
+        What is kept of a longer text: its head; its tail; a quarter of the room for the head and
+        the rest for the tail (arXiv 1905.05583); or all, in windows. A text's logits are then the
+        mean over its windows, each of which is trained on with the text's label and an equal part
+        of its weight.
+    stride : int, default=0
+        Tokens that a window shares with the one before.
+    prompt : str, default=None
+        Template that a text is put into at its one ``{text}``, such as ``"{text}\nLabel:"``; it is
+        never cut. Worth a try with decoders.
+    num_train_epochs : int or "auto", default=5
+        Passes over the training texts. "auto" is more for few texts: see Notes.
     batch_size : int, default=16
         Texts of the greatest length in one forward pass of training; of shorter ones more share a
         pass, where `gradient_accumulation_steps` asks for more.
@@ -227,6 +241,9 @@ class QLoRAClassifier(
         init_head_weights="normal",
         pooling="auto",
         max_length="auto",
+        truncation="head",
+        stride=0,
+        prompt=None,
         num_train_epochs=5,
         batch_size=16,
         gradient_accumulation_steps=1,
@@ -269,6 +286,9 @@ class QLoRAClassifier(
         self.init_head_weights = init_head_weights
         self.pooling = pooling
         self.max_length = max_length
+        self.truncation = truncation
+        self.stride = stride
+        self.prompt = prompt
         self.num_train_epochs = num_train_epochs
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps

@@ -6,6 +6,8 @@ from numbers import Integral, Real
 from sklearn.metrics import get_scorer_names
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
+from skqlora.adapter import TRUNCATIONS
+
 SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 PARAMETER_CONSTRAINTS: dict[str, list] = {
     "model": [str, os.PathLike],
@@ -28,6 +30,9 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "init_head_weights": [StrOptions({"normal", "probe"})],
     "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],
     "max_length": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+    "truncation": [StrOptions(set(TRUNCATIONS))],
+    "stride": [Interval(Integral, 0, None, closed="left")],
+    "prompt": [str, None],
     "num_train_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
     "batch_size": [Interval(Integral, 1, None, closed="left")],
     "gradient_accumulation_steps": [Interval(Integral, 1, None, closed="left")],

@@ -27,7 +27,12 @@ from skqlora.architecture import check_architecture, read_config
 from skqlora.backbone import Backbone
 from skqlora.cache import get_backbone
 from skqlora.clones import has_conv1d
-from skqlora.finetuning import backbone_spec, choose_max_length, refuse_other_tokenizer
+from skqlora.finetuning import (
+    backbone_spec,
+    choose_max_length,
+    refuse_other_tokenizer,
+    text_settings,
+)
 from skqlora.merging import HEADS, classification_config, merge, stock_model
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.peft_format import (
@@ -86,7 +91,7 @@ def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
     )
     tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = estimator.adapter_.max_length
+    tokenizer.model_max_length = estimator.adapter_.text.max_length
     config = classification_config(
         backbone.module.config,
         [str(label) for label in estimator.classes_.tolist()],
@@ -319,7 +324,10 @@ def read_peft_weights(
     state = AdapterState(
         lora=lora,
         pooling=pooling,
-        max_length=choose_max_length(estimator, architecture.max_positions, tokenizer.max_length),
+        text=text_settings(
+            estimator,
+            choose_max_length(estimator, architecture.max_positions, tokenizer.max_length),
+        ),
         model=spec.model,
         revision=spec.revision,
         fingerprint=backbone.fingerprint,

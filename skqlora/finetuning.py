@@ -15,7 +15,14 @@ import joblib
 import numpy as np
 import torch
 
-from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
+from skqlora.adapter import (
+    TEXT_FIELD,
+    AdapterState,
+    Footprint,
+    LoraSettings,
+    OptimizerState,
+    TextSettings,
+)
 from skqlora.architecture import Architecture, check_architecture, pin_revision
 from skqlora.backbone import BackboneSpec, describe_files
 from skqlora.cache import count_bytes_of, free_what_is_idle, get_backbone
@@ -56,14 +63,13 @@ class Finetuning:
     Attributes
     ----------
     trainer : Trainer
-    max_length : int
-        Greatest number of tokens of a text.
+    text : TextSettings
     tokenizer_fingerprint : str
     footprint : Footprint
     """
 
     trainer: Trainer
-    max_length: int
+    text: TextSettings
     tokenizer_fingerprint: str
     footprint: Footprint
 
@@ -80,7 +86,7 @@ class Finetuning:
 
     def template(self) -> AdapterState:
         """Copy the adapter, whatever its values are."""
-        return self.trainer.model.capture(self.max_length, self.tokenizer_fingerprint)
+        return self.trainer.model.capture(self.text, self.tokenizer_fingerprint)
 
 
 @contextmanager
@@ -122,7 +128,9 @@ def finetuning(
     architecture, lora = architecture_and_lora(params, spec)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
-    tokens = tokenizer.tokenize(table.texts, max_length, architecture.vocab_size)
+    text = text_settings(params, max_length)
+    tokens, counts = tokenizer.tokenize(table.texts, text, architecture.vocab_size)
+    table, weights = by_window(table, weights, counts)
     n_classes = len(table.classes)
     longest = min(rounded_up_length(int(tokens.lengths.max())), max_length)
     checkpointing = Ranks.current().call_on_first(
@@ -141,7 +149,7 @@ def finetuning(
     Ranks.current().refuse_differences(
         lambda: (
             (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
-            (lora, settings, params.lora_dropout, params.pooling, max_length),
+            (lora, settings, params.lora_dropout, params.pooling, text),
             (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
             joblib.hash((start, resumed)),
         )
@@ -172,7 +180,7 @@ def finetuning(
             ) as trainer,
         ):
             footprint = backbone.footprint(model.count_trainable())
-            yield Finetuning(trainer, max_length, tokenizer.fingerprint, footprint)
+            yield Finetuning(trainer, text, tokenizer.fingerprint, footprint)
 
 
 def _start_from_probe(
@@ -313,8 +321,9 @@ def compute_logits(params: Any, adapter: AdapterState, texts: list[str]) -> np.n
     with TextClassifierModel.restored(backbone, adapter) as model:
         for start in range(0, len(different), PREDICTION_CHUNK):
             chunk = different[start : start + PREDICTION_CHUNK]
-            tokens = tokenizer.tokenize(chunk, adapter.max_length, backbone.vocab_size)
-            logits.append(predict_logits(model, tokens))
+            tokens, counts = tokenizer.tokenize(chunk, adapter.text, backbone.vocab_size)
+            sums = np.add.reduceat(predict_logits(model, tokens), np.cumsum(counts) - counts)
+            logits.append(sums / counts[:, None])
     return np.concatenate(logits)[[places[text] for text in texts]]
 
 
@@ -418,6 +427,44 @@ def training_settings(
         max_grad_norm=params.max_grad_norm,
         optim=params.optim,
     )
+
+
+def text_settings(params: Any, max_length: int) -> TextSettings:
+    """Say how an estimator's texts become token ids; refuse by ValueError a prompt without them."""
+    prompt = params.prompt
+    if prompt is not None and prompt.count(TEXT_FIELD) != 1:
+        raise ValueError(
+            f"Got prompt={prompt!r}. Wanted: a template with one {TEXT_FIELD}, the place of the "
+            f"text, e.g. {TEXT_FIELD + chr(10) + 'Label:'!r}."
+        )
+    return TextSettings(max_length, params.truncation, int(params.stride), prompt)
+
+
+def by_window(
+    table: LabelledTexts, weights: np.ndarray, counts: np.ndarray
+) -> tuple[LabelledTexts, np.ndarray]:
+    """Give each window of a text the text's label and its part of the weight.
+
+    Parameters
+    ----------
+    table : LabelledTexts
+        Of n_texts texts.
+    weights : ndarray of the shape of the targets
+    counts : ndarray of int, of shape (n_texts,)
+        Windows of each text.
+
+    Returns
+    -------
+    table : LabelledTexts
+        Of as many rows as there are windows.
+    weights : ndarray of the shape of its targets
+        On average what they were.
+    """
+    if counts.max() == 1:
+        return table, weights
+    owners = np.repeat(np.arange(len(counts)), counts)
+    parts = (counts.mean() / counts)[owners]
+    return table.take(owners), weights[owners] * parts.reshape(-1, *[1] * (weights.ndim - 1))
 
 
 def choose_max_length(params: Any, max_positions: int | None, tokenizer_max_length: int) -> int:

@@ -185,7 +185,7 @@ class _Saving:
         self._checkpoints = None
         if estimator.checkpoint_dir is not None:
             bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
-            identity = data, list(losses), bases, run.max_length, ranks.size
+            identity = data, list(losses), bases, run.text, ranks.size
             self._checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
 
     def __enter__(self) -> "_Saving":

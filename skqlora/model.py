@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from skqlora.adapter import AdapterState, LoraSettings
+from skqlora.adapter import AdapterState, LoraSettings, TextSettings
 from skqlora.backbone import Backbone
 from skqlora.clones import ADAPTER, AdaptedClone, refuse_other_shapes
 
@@ -247,7 +247,7 @@ class TextClassifierModel(nn.Module):
         """Count the parameters of the adapter and the head."""
         return self.clone.n_parameters + sum(p.numel() for p in self.head.parameters())
 
-    def capture(self, max_length: int, tokenizer_fingerprint: str = "") -> AdapterState:
+    def capture(self, text: TextSettings, tokenizer_fingerprint: str = "") -> AdapterState:
         """Copy the adapter and the head out of the model, to NumPy and without the base.
 
         The clone keeps the adapter active, for a prediction that follows. What a text becomes is
@@ -256,7 +256,7 @@ class TextClassifierModel(nn.Module):
         state = AdapterState(
             lora=self.lora,
             pooling=self.pooling,
-            max_length=max_length,
+            text=text,
             model=self.backbone.spec.model,
             revision=self.backbone.spec.revision,
             fingerprint=self.backbone.fingerprint,

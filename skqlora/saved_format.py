@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from skqlora.adapter import AdapterState, Footprint, LoraSettings, OptimizerState
+from skqlora.adapter import (
+    TEXT_FIELD,
+    TRUNCATIONS,
+    AdapterState,
+    Footprint,
+    LoraSettings,
+    OptimizerState,
+    TextSettings,
+)
 from skqlora.peft_format import PREFIX, from_peft_name
 
 FORMAT_VERSION = 1
@@ -98,7 +106,7 @@ def write_classifier(
         "adapter": {
             "lora": asdict(adapter.lora),
             "pooling": adapter.pooling,
-            "max_length": adapter.max_length,
+            **asdict(adapter.text),
             "model": adapter.model,
             "revision": adapter.revision,
             "fingerprint": adapter.fingerprint,
@@ -170,7 +178,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             AdapterState,
             lora=lora,
             pooling=typed(of_adapter, "pooling", str),
-            max_length=typed(of_adapter, "max_length", int),
+            text=_text_from_json(of_adapter),
             model=typed(of_adapter, "model", str),
             revision=typed(of_adapter, "revision", (str, type(None))),
             fingerprint=typed(of_adapter, "fingerprint", str),
@@ -334,6 +342,21 @@ def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:
         raise ValueError(f"lora_alpha is {settings.lora_alpha!r}")
     targets = settings.target_modules
     return replace(settings, target_modules=targets if isinstance(targets, str) else tuple(targets))
+
+
+def _text_from_json(of_adapter: dict[str, Any]) -> TextSettings:
+    known = [name for name in TextSettings.__dataclass_fields__ if name in of_adapter]
+    settings = TextSettings(**{name: of_adapter[name] for name in known})
+    if type(settings.max_length) is not int or settings.max_length < 1:
+        raise ValueError(f"max_length is {settings.max_length!r}")
+    if type(settings.stride) is not int or settings.stride < 0:
+        raise ValueError(f"stride is {settings.stride!r}")
+    if settings.truncation not in TRUNCATIONS:
+        raise ValueError(f"truncation is {settings.truncation!r}")
+    prompt = settings.prompt
+    if prompt is not None and (type(prompt) is not str or prompt.count(TEXT_FIELD) != 1):
+        raise ValueError(f"prompt is {prompt!r}")
+    return settings
 
 
 def optimizer_arrays(optimizer: OptimizerState) -> dict[str, np.ndarray]:

@@ -8,14 +8,16 @@ import hashlib
 import json
 import sys
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from skqlora.adapter import TEXT_FIELD, TextSettings
 from skqlora.data import TokenizedTexts
 from skqlora.quiet import muted
 
@@ -28,7 +30,15 @@ PROBES = (
     "x_1 = f(a)[0] # \U0001f600 https://example.org/?q=1&r=2",
     "pneumonoultramicroscopicsilicovolcanoconiosis",
 )  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
+HEAD_PART = 4  # of a text of which head and tail are kept, the head is one part in so many
 CACHE_BYTES = 64_000_000  # of remembered texts and ids, for each tokenizer
+
+
+class Encoded(NamedTuple):
+    """A text's ids in one window or several, and whether some of them are in none."""
+
+    windows: tuple[np.ndarray, ...]
+    is_cut: bool
 
 
 @functools.lru_cache(maxsize=4)
@@ -90,7 +100,7 @@ class CachingTokenizer:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
         self._max_bytes = max_bytes
-        self._remembered: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
+        self._remembered: OrderedDict[tuple[TextSettings, str], Encoded] = OrderedDict()
         self._n_bytes = 0
         self._lock = threading.Lock()
 
@@ -109,110 +119,173 @@ class CachingTokenizer:
         """Greatest number of tokens that the tokenizer's files allow, special tokens included."""
         return self._tokenizer.model_max_length
 
-    def tokenize(self, texts: list[str], max_length: int, vocab_size: int) -> TokenizedTexts:
-        """Turn texts into token ids of at most `max_length`, special tokens included.
-
-        Long texts lose their end, never the special tokens that close a sequence.
+    def tokenize(
+        self, texts: list[str], settings: TextSettings, vocab_size: int
+    ) -> tuple[TokenizedTexts, np.ndarray]:
+        """Turn texts into token ids, of which special ones and those of a prompt are never cut.
 
         Parameters
         ----------
         texts : list of str, of length n_texts
-        max_length : int
-            Greatest number of tokens of a text.
+        settings : TextSettings
         vocab_size : int
             Number of tokens that the model knows.
 
         Returns
         -------
         tokens : TokenizedTexts
-            An empty text becomes one begin- or end-of-text token where the tokenizer adds none.
+            The windows of all texts in turn. An empty text becomes one begin- or end-of-text token
+            where the tokenizer adds none.
+        counts : ndarray of int, of shape (n_texts,)
+            Windows of each text: more than one for long ones, if those were asked for.
 
         Raises
         ------
         ValueError
-            If `max_length` leaves no room for a token of the text, or the tokenizer is not the
-            model's.
+            If `max_length` leaves no room for a token of the text, or not for `stride`, or the
+            tokenizer is not the model's or too simple for a prompt.
+
+        Warns
+        -----
+        UserWarning
+            If texts were cut: with their share.
         """
-        n_special = self._tokenizer.num_special_tokens_to_add()
-        if max_length <= n_special:
-            raise ValueError(
-                f"Got max_length={max_length} but the tokenizer adds {n_special} special tokens to "
-                f"each text; pass at least {n_special + 1}."
-            )
-        known = self._recall(texts, max_length)
+        self._refuse_too_short(settings)
+        known = self._recall(texts, settings)
         unknown = list(dict.fromkeys(text for text in texts if text not in known))
         if unknown:
-            new = dict(zip(unknown, self._encode(unknown, max_length, vocab_size), strict=True))
-            self._remember(new, max_length)
+            new = dict(zip(unknown, self._encode(unknown, settings, vocab_size), strict=True))
+            self._remember(new, settings)
             known |= new
+        encoded = [known[text] for text in texts]
+        _warn_of_cuts(encoded, settings)
         pad_id = self._first_known(("pad_token_id", "eos_token_id"), vocab_size)
-        return TokenizedTexts([known[text] for text in texts], pad_id)
+        windows = [ids for text in encoded for ids in text.windows]
+        counts = np.array([len(text.windows) for text in encoded])
+        return TokenizedTexts(windows, pad_id), counts
 
-    def _recall(self, texts: Iterable[str], max_length: int) -> dict[str, np.ndarray]:
+    def _refuse_too_short(self, settings: TextSettings) -> None:
+        """Refuse a `max_length` that holds no text beside what is always there."""
+        n_special = n_kept = self._tokenizer.num_special_tokens_to_add()
+        what = f"the tokenizer adds {n_special} special tokens to each text"
+        if settings.prompt is not None:
+            if not self._tokenizer.is_fast:
+                raise ValueError(
+                    f"Got prompt={settings.prompt!r} but the model's tokenizer does not tell which "
+                    "tokens are the text's. Wanted: prompt=None, or a model with a tokenizer.json."
+                )
+            n_kept = len(self._tokenizer(settings.prompt.replace(TEXT_FIELD, ""))["input_ids"])
+            what = f"the prompt and {n_special} special tokens take {n_kept}"
+        if settings.max_length <= n_kept:
+            raise ValueError(
+                f"Got max_length={settings.max_length} but {what}; pass at least {n_kept + 1}."
+            )
+        if settings.truncation == "windows" and settings.stride >= settings.max_length - n_kept:
+            raise ValueError(
+                f"Got stride={settings.stride} but a window of max_length={settings.max_length} "
+                f"holds {settings.max_length - n_kept} tokens of the text. Pass a smaller stride, "
+                "or a greater max_length."
+            )
+
+    def _recall(self, texts: Iterable[str], settings: TextSettings) -> "dict[str, Encoded]":
         known = {}
         with self._lock:
             for text in texts:
-                ids = self._remembered.get((max_length, text))
-                if ids is not None:
-                    self._remembered.move_to_end((max_length, text))
-                    known[text] = ids
+                encoded = self._remembered.get((settings, text))
+                if encoded is not None:
+                    self._remembered.move_to_end((settings, text))
+                    known[text] = encoded
         return known
 
-    def _remember(self, new: dict[str, np.ndarray], max_length: int) -> None:
+    def _remember(self, new: "dict[str, Encoded]", settings: TextSettings) -> None:
         if sum(map(_size, new, new.values())) > self._max_bytes:
             return  # a pass over so much text would only push out what will be wanted again
         with self._lock:
-            for text, ids in new.items():
-                if (max_length, text) not in self._remembered:  # by another thread, meanwhile
-                    self._remembered[max_length, text] = ids
-                    self._n_bytes += _size(text, ids)
+            for text, encoded in new.items():
+                if (settings, text) not in self._remembered:  # by another thread, meanwhile
+                    self._remembered[settings, text] = encoded
+                    self._n_bytes += _size(text, encoded)
             while self._n_bytes > self._max_bytes:
-                (_, text), ids = self._remembered.popitem(last=False)
-                self._n_bytes -= _size(text, ids)
+                (_, text), encoded = self._remembered.popitem(last=False)
+                self._n_bytes -= _size(text, encoded)
 
-    def _encode(self, texts: list[str], max_length: int, vocab_size: int) -> list[np.ndarray]:
+    def _encode(self, texts: list[str], settings: TextSettings, vocab_size: int) -> "list[Encoded]":
         # A batch is spread over all cores, which the one thread that a worker process was given
         # forbids.
         batches = [texts] if torch.get_num_threads() > 1 else [[text] for text in texts]
         filler = [self._first_known(("bos_token_id", "eos_token_id"), vocab_size)]
-        sequences = []
-        for batch in batches:
-            encoding = self._tokenizer(
-                batch,
-                truncation=False,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                return_special_tokens_mask=True,
-                verbose=False,
-            )
-            sequences += [
-                np.array(_cut(ids, special, max_length) or filler, dtype=np.int32)
-                for ids, special in zip(
-                    encoding["input_ids"], encoding["special_tokens_mask"], strict=True
-                )
-            ]
-        greatest = max(int(ids.max()) for ids in sequences)
+        encoded = [
+            _cut(np.array(ids or filler, dtype=np.int32), of_text, settings)
+            for batch in batches
+            for ids, of_text in self._ids(batch, settings.prompt)
+        ]
+        greatest = max(int(ids.max()) for text in encoded for ids in text.windows)
         if greatest >= vocab_size:
             raise ValueError(
                 f"The tokenizer gave the token id {greatest} but the model has only {vocab_size} "
                 "token embeddings. Wanted: the tokenizer that belongs to the model, in its folder."
             )
-        return sequences
+        return encoded
+
+    def _ids(self, texts: list[str], prompt: str | None) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield a text's whole ids, and which of them are neither special nor the prompt's."""
+        before, _, after = (prompt or TEXT_FIELD).partition(TEXT_FIELD)
+        encoding = self._tokenizer(
+            [before + text + after for text in texts],
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_special_tokens_mask=prompt is None,
+            return_offsets_mapping=prompt is not None,
+            verbose=False,
+        )
+        for number, (ids, text) in enumerate(zip(encoding["input_ids"], texts, strict=True)):
+            if prompt is None:
+                yield ids, np.array(encoding["special_tokens_mask"][number]) == 0
+            else:  # special tokens are of no characters
+                start, stop = np.array(encoding["offset_mapping"][number]).reshape(-1, 2).T
+                inside = (start >= len(before)) & (stop <= len(before) + len(text))
+                yield ids, inside & (start < stop)
 
     def _first_known(self, names: Iterable[str], vocab_size: int) -> int:
         ids = (getattr(self._tokenizer, name) for name in names)
         return next((token for token in ids if token is not None and token < vocab_size), 0)
 
 
-def _size(text: str, ids: np.ndarray) -> int:
+def _size(text: str, encoded: Encoded) -> int:
     """Bytes that a remembered text takes, its place in the table included."""
-    return sys.getsizeof(text) + sys.getsizeof(ids) + 200
+    return sys.getsizeof(text) + sum(map(sys.getsizeof, encoded.windows)) + 300
 
 
-def _cut(ids: list[int], special: list[int], max_length: int) -> list[int]:
-    """Take tokens out of a long row's end, but for the special ones that close it."""
+def _cut(ids: np.ndarray, of_text: np.ndarray, settings: TextSettings) -> Encoded:
+    """Fit a text's ids into `max_length`: once, or in windows."""
+    max_length = settings.max_length
     if len(ids) <= max_length:
-        return ids
-    n_closing = next((i for i, is_special in enumerate(reversed(special)) if not is_special), 0)
-    return ids[: max_length - n_closing] + ids[len(ids) - n_closing :]
+        return Encoded((ids,), is_cut=False)
+    places = np.flatnonzero(of_text)
+    first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
+    opening, text, closing = ids[:first], ids[first:last], ids[last:]
+    room = max_length - len(opening) - len(closing)
+    if room < 1:  # a text of special tokens
+        return Encoded((ids[:max_length],), is_cut=True)
+    if settings.truncation == "windows":
+        starts = range(0, len(text) - settings.stride, max(1, room - settings.stride))
+        kept = [text[start : start + room] for start in starts]
+    else:
+        n_head = {"head": room, "tail": 0, "head+tail": room // HEAD_PART}[settings.truncation]
+        kept = [np.concatenate([text[:n_head], text[len(text) - room + n_head :]])]
+    windows = tuple(np.concatenate([opening, part, closing]) for part in kept)
+    return Encoded(windows, is_cut=settings.truncation != "windows")
+
+
+def _warn_of_cuts(encoded: list[Encoded], settings: TextSettings) -> None:
+    n_cut = sum(text.is_cut for text in encoded)
+    if n_cut:
+        warnings.warn(
+            f"{n_cut / len(encoded):.1%} of {len(encoded)} texts have more than max_length="
+            f"{settings.max_length} tokens and are cut (truncation={settings.truncation!r}). Pass "
+            "a greater max_length, or truncation='windows' to use all of them.",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -335,8 +335,8 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     clf = make_classifier(encoder, lora_r=3, max_length=9, **lora, **recipe).fit(*corpus)
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
-    assert clf.adapter_.max_length == 9
-    settings = training_settings(clf, "bert", 64, checkpointing=clf.gradient_checkpointing)
+    assert clf.adapter_.text.max_length == 9
+    settings = training_settings(clf, "bert", 64, 3, checkpointing=clf.gradient_checkpointing)
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.head_learning_rate == 5 * settings.learning_rate
 

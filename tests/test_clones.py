@@ -22,6 +22,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from skqlora import clones as clones_module
+from skqlora.adapter import TextSettings
 from skqlora.architecture import check_architecture
 from skqlora.clones import AdaptedClone, ClonePool, targeted_modules
 from skqlora.flat import FlatParameters
@@ -191,7 +192,7 @@ def writes(monkeypatch):
 
 
 def test_adapters_of_one_shape_take_turns_at_one_copy_each(backbone, pool, injections, writes):
-    states = [make_model(backbone, seed=seed).capture(max_length=32) for seed in (0, 1)]
+    states = [make_model(backbone, seed=seed).capture(TextSettings(32)) for seed in (0, 1)]
     backbone = replace(backbone, clones=pool)
     injections.reset_mock(), writes.clear()
     for state, n_writes in [(0, 1), (0, 1), (1, 2), (1, 2), (0, 3)]:
@@ -206,7 +207,7 @@ def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes)
     backbone = replace(backbone, clones=pool)
     with TextClassifierModel.fresh(backbone, LORA, 3, "auto") as model:
         train(model, random_tokens(), np.arange(16) % 3, make_settings())
-        state = model.capture(max_length=32)
+        state = model.capture(TextSettings(32))
     writes.clear()
     with TextClassifierModel.restored(backbone, state) as again:
         predict_logits(again, random_tokens())
@@ -216,7 +217,7 @@ def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes)
 
 def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
     backbone = replace(backbone, clones=pool)
-    state = make_model(backbone, seed=3).capture(max_length=32)
+    state = make_model(backbone, seed=3).capture(TextSettings(32))
     with TextClassifierModel.restored(backbone, state) as model:
         expected = predict_logits(model, random_tokens())
     with TextClassifierModel.fresh(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
@@ -227,7 +228,7 @@ def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
 
 
 def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbone, pool):
-    state = make_model(backbone).capture(max_length=32)
+    state = make_model(backbone).capture(TextSettings(32))
     other = replace(state, lora=replace(LORA, lora_alpha=99))
     with lease(pool) as clone:
         clone.activate(state)

@@ -20,6 +20,7 @@ from helpers import (
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
+from skqlora.adapter import TextSettings
 from skqlora.finetuning import backbone_spec
 from skqlora.optimizer import PagedPool
 from skqlora.training import Trainer, predict_logits
@@ -137,7 +138,7 @@ def test_micro_batches_change_nothing(model):
     def adapter(**changes):
         trained = make_model(cuda_backbone(model, compute_dtype=torch.float32), lora_dropout=0.1)
         train(trained, random_tokens(), TARGETS, make_settings(**changes))
-        state = trained.capture(max_length=32)
+        state = trained.capture(TextSettings(32))
         return np.concatenate([v.ravel() for v in state.lora_tensors.values()])
 
     whole = adapter(batch_size=16)

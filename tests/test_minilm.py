@@ -10,6 +10,7 @@ from sklearn.metrics.pairwise import paired_cosine_distances
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
+from skqlora.adapter import TextSettings
 from skqlora.tokenization import load_tokenizer
 from skqlora.training import predict_logits
 
@@ -45,7 +46,7 @@ def test_real_weights_lose_as_much_to_nf4_as_gaussian_ones():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sentence_vectors_in_4_bits_stay_near_those_in_32(corpus, dtype):
-    tokens = load_tokenizer(MINILM).tokenize(corpus[0], max_length=64, vocab_size=30522)
+    tokens, _ = load_tokenizer(MINILM).tokenize(corpus[0], TextSettings(64), vocab_size=30522)
 
     def vectors(**changes):
         model = make_model(make_backbone(MINILM, **changes), LORA, 384, "mean")

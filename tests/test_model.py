@@ -23,6 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from skqlora.adapter import TextSettings
 from skqlora.clones import peft_config
 from skqlora.lora_layer import FusedLinear4bit
 from skqlora.model import RowClock, RowDropout, pool
@@ -192,7 +193,7 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
     model = make_model(backbone, seed=4)
     for parameter in lora_parameters(model).values():
         parameter.data.normal_(std=0.1)
-    state = model.capture(max_length=32)
+    state = model.capture(TextSettings(32))
     expected = predict_logits(model, random_tokens())
     copy = pickle.loads(pickle.dumps(state))
     restored = restore_model(backbone, copy)
@@ -204,6 +205,6 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
 
 
 def test_adapter_of_another_base_is_refused(encoder, tiny_model):
-    state = make_model(make_backbone(encoder)).capture(max_length=32)
+    state = make_model(make_backbone(encoder)).capture(TextSettings(32))
     with pytest.raises(ValueError, match="is not the base that was fitted"):
         restore_model(make_backbone(tiny_model("electra")), state)

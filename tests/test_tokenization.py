@@ -9,7 +9,11 @@ import tiny
 import torch
 from tokenizers import normalizers
 
+from skqlora.adapter import TextSettings
 from skqlora.tokenization import CachingTokenizer
+
+CUT = "texts have more than max_length"
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*{CUT}")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +22,11 @@ def tokenizer():
 
 
 def tokenize(tokenizer, texts, max_length, vocab_size):
-    return CachingTokenizer(tokenizer).tokenize(texts, max_length, vocab_size)
+    return encode(tokenizer, texts, vocab_size, max_length=max_length)[0]
+
+
+def encode(tokenizer, texts, vocab_size=1000, **settings):
+    return CachingTokenizer(tokenizer).tokenize(texts, TextSettings(**settings), vocab_size)
 
 
 def test_long_text_loses_its_end_but_not_its_closing_token(tokenizer):
@@ -85,8 +93,8 @@ def n_encoded(spy):
 def test_a_text_is_tokenized_once(tokenizer, corpus):
     texts = sorted(set(corpus[0]))
     caching, spy = counting(tokenizer)
-    first = caching.tokenize(texts[:20] * 2, 32, 1000)
-    again = caching.tokenize(texts[10:], 32, 1000)
+    first, _ = caching.tokenize(texts[:20] * 2, TextSettings(32), 1000)
+    again, _ = caching.tokenize(texts[10:], TextSettings(32), 1000)
     assert n_encoded(spy) == len(texts)
     expected = tokenize(tokenizer, texts, 32, 1000).sequences
     for ours, theirs in zip(first.sequences[20:], expected[:20], strict=True):
@@ -98,24 +106,26 @@ def test_a_text_is_tokenized_once(tokenizer, corpus):
 def test_another_max_length_is_another_cut(tokenizer):
     caching, _ = counting(tokenizer)
     text = "the cat is here " * 10
-    assert [caching.tokenize([text], n, 1000).lengths[0] for n in (10, 20, 10)] == [10, 20, 10]
+    assert [
+        caching.tokenize([text], TextSettings(n), 1000)[0].lengths[0] for n in (10, 20, 10)
+    ] == [10, 20, 10]
 
 
 def test_memory_is_bounded_and_the_text_used_longest_ago_goes_first(tokenizer):
     caching, spy = counting(tokenizer, max_bytes=1500)
     for text in ("one", "two", "three", "one", "four", "five", "one"):
-        caching.tokenize([text], 32, 1000)
+        caching.tokenize([text], TextSettings(32), 1000)
         assert caching._n_bytes <= 1500
     assert n_encoded(spy) == 5
-    caching.tokenize(["two"], 32, 1000)
+    caching.tokenize(["two"], TextSettings(32), 1000)
     assert n_encoded(spy) == 6
 
 
 def test_a_pass_over_more_text_than_fits_pushes_nothing_out(tokenizer):
     caching, spy = counting(tokenizer, max_bytes=2000)
-    caching.tokenize(["cat"], 32, 1000)
-    caching.tokenize([f"number {i}" for i in range(100)], 32, 1000)
-    caching.tokenize(["cat"], 32, 1000)
+    caching.tokenize(["cat"], TextSettings(32), 1000)
+    caching.tokenize([f"number {i}" for i in range(100)], TextSettings(32), 1000)
+    caching.tokenize(["cat"], TextSettings(32), 1000)
     assert n_encoded(spy) == 101
 
 
@@ -125,7 +135,9 @@ def test_threads_get_their_own_texts(tokenizer):
     expected = tokenize(tokenizer, texts, 12, 1000).sequences
     rows = [np.random.RandomState(i).permutation(len(texts))[:40] for i in range(60)]
     with ThreadPoolExecutor(4) as pool:
-        results = pool.map(lambda r: caching.tokenize([texts[i] for i in r], 12, 1000), rows)
+        results = pool.map(
+            lambda r: caching.tokenize([texts[i] for i in r], TextSettings(12), 1000)[0], rows
+        )
         for chosen, result in zip(rows, results, strict=True):
             for row, ids in zip(chosen, result.sequences, strict=True):
                 np.testing.assert_array_equal(ids, expected[row])
@@ -134,5 +146,101 @@ def test_threads_get_their_own_texts(tokenizer):
 def test_a_worker_with_one_thread_tokenizes_on_one(tokenizer, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     caching, spy = counting(tokenizer)
-    caching.tokenize(["a cat", "a dog"], 32, 1000)
+    caching.tokenize(["a cat", "a dog"], TextSettings(32), 1000)
     assert [call.args[0] for call in spy.call_args_list] == [["a cat"], ["a dog"]]
+
+
+# Long texts
+
+
+@pytest.fixture
+def long_text():
+    return " ".join(f"{word}{number}" for number in range(10) for word in ("cat", "dog"))
+
+
+def of_text(tokenizer, ids):
+    """The ids between one opening and one closing token, which must be there."""
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return ids[1:-1].tolist()
+
+
+@pytest.mark.parametrize(("truncation", "n_head"), [("head", 10), ("tail", 0), ("head+tail", 2)])
+def test_truncation_says_what_is_kept_of_a_long_text(tokenizer, long_text, truncation, n_head):
+    whole = tokenizer(long_text)["input_ids"][1:-1]
+    with pytest.warns(UserWarning, match="50.0% of 2 texts have more than max_length=12 tokens"):
+        tokens, counts = encode(
+            tokenizer, ["a cat", long_text], max_length=12, truncation=truncation
+        )
+    kept = of_text(tokenizer, tokens.sequences[1])
+    assert kept == whole[:n_head] + whole[len(whole) - 10 + n_head :]
+    assert counts.tolist() == [1, 1]
+    assert tokens.sequences[0].tolist() == tokenizer("a cat")["input_ids"]
+
+
+@pytest.mark.parametrize("stride", [0, 3, 9])
+@pytest.mark.filterwarnings(f"error:.*{CUT}")
+def test_windows_hold_the_whole_text_and_share_stride_tokens(tokenizer, long_text, stride):
+    whole = tokenizer(long_text)["input_ids"][1:-1]
+    tokens, counts = encode(
+        tokenizer, [long_text, "a cat"], max_length=12, truncation="windows", stride=stride
+    )
+    assert counts.tolist() == [len(tokens) - 1, 1]
+    windows = [of_text(tokenizer, ids) for ids in tokens.sequences[:-1]]
+    assert [len(window) for window in windows[:-1]] == [10] * (counts[0] - 1)
+    joined = windows[0]
+    for window in windows[1:]:
+        assert window[:stride] == joined[len(joined) - stride :]
+        assert len(window) > stride
+        joined = joined + window[stride:]
+    assert joined == whole
+
+
+def test_stride_that_leaves_no_step_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="stride=10 but a window of max_length=12 holds 10"):
+        encode(tokenizer, ["a"], max_length=12, truncation="windows", stride=10)
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head+tail", "windows"])
+def test_text_of_special_tokens_alone_is_cut(tokenizer, truncation):
+    text = tokenizer.eos_token * 50
+    tokens, _ = encode(tokenizer, [text], max_length=12, truncation=truncation)
+    assert tokens.lengths.max() <= 12
+
+
+# Prompts
+
+PROMPT = "the text: {text} the label:"
+
+
+@pytest.mark.parametrize("style", ["encoder", "decoder"])
+def test_prompt_surrounds_the_text(style):
+    tokenizer = tiny.make_tokenizer(style)
+    (ids,) = encode(tokenizer, ["a cat"], max_length=64, prompt=PROMPT)[0].sequences
+    assert ids.tolist() == tokenizer("the text: a cat the label:")["input_ids"]
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head+tail", "windows"])
+@pytest.mark.parametrize("style", ["encoder", "decoder"])
+def test_only_the_text_is_cut_and_never_its_prompt(style, truncation, long_text):
+    tokenizer = tiny.make_tokenizer(style)
+    opening, closing = (part.strip() for part in PROMPT.split("{text}"))
+    n_opening = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    n_closing = len(tokenizer(" " + closing, add_special_tokens=False)["input_ids"])
+    whole = tokenizer(PROMPT.replace("{text}", long_text))["input_ids"]
+    tokens, _ = encode(tokenizer, [long_text], max_length=30, prompt=PROMPT, truncation=truncation)
+    for ids in tokens.sequences:
+        assert len(ids) <= 30
+        assert ids[:n_opening].tolist() == whole[:n_opening]
+        assert ids[-n_closing:].tolist() == whole[-n_closing:]
+
+
+def test_prompt_without_room_for_text_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="the prompt and 2 special tokens take"):
+        encode(tokenizer, ["a"], max_length=5, prompt=PROMPT)
+
+
+def test_prompt_wants_a_tokenizer_that_tells_where_tokens_come_from(tokenizer):
+    _, spy = counting(tokenizer)
+    spy.is_fast = False
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        encode(spy, ["a"], max_length=50, prompt=PROMPT)

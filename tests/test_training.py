@@ -18,6 +18,7 @@ from helpers import (
 )
 from transformers import get_scheduler
 
+from skqlora.adapter import TextSettings
 from skqlora.backbone import Backbone
 from skqlora.clones import ClonePool
 from skqlora.data import TokenizedTexts
@@ -33,7 +34,7 @@ def adapter_after(backbone, *, lora=LORA, lora_dropout=0.1, tokens=None, seed=0,
     """Weights after a short training, as one vector."""
     model = make_model(backbone, lora, 3, "auto", seed=seed, lora_dropout=lora_dropout)
     train(model, tokens or random_tokens(32), TARGETS, make_settings(**changes), seed=seed)
-    state = model.capture(max_length=32)
+    state = model.capture(TextSettings(32))
     values = [*state.lora_tensors.values(), *state.head_tensors.values()]
     return np.concatenate([value.ravel() for value in values])
 

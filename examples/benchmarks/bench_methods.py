@@ -191,10 +191,11 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
             layer.requires_grad_(True)
 
     def _tokenize(self, X):
+        from skqlora.adapter import TextSettings
         from skqlora.tokenization import load_tokenizer
 
         n_tokens = self.encoder_.get_input_embeddings().num_embeddings
-        return load_tokenizer(self.model).tokenize(list(X), 512, n_tokens)
+        return load_tokenizer(self.model).tokenize(list(X), TextSettings(512), n_tokens)[0]
 
     def _logits(self, input_ids, mask):
         input_ids, mask = input_ids.to(self.device_), mask.to(self.device_)
@@ -211,6 +212,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
     @property
     def multilabel_(self):
+        """Whether a text has any number of labels: then classes are numbers of columns."""
         return self.classes_.dtype.kind == "i"
 
 
