@@ -76,10 +76,12 @@ class QLoRAClassifier(
         Learn the weights' magnitudes apart from their directions (arXiv 2402.09353). Slower.
     init_lora_weights : True or "gaussian", default=True
         How LoRA's A starts: Kaiming uniform or Gaussian. B starts at zero.
-    init_head_weights : {"normal", "probe"}, default="normal"
-        How the head starts: with small random numbers, or, at the cost of a prediction of the
-        training texts, as a logistic regression on what the base gives untrained (arXiv
-        2202.10054). `partial_fit` does the first.
+    init_head_weights : {"normal", "probe", "class_names"}, default="normal"
+        How the head starts: with small random numbers; at the cost of a prediction of the training
+        texts, as a logistic regression on what the base gives untrained (arXiv 2202.10054), but
+        for `partial_fit`, which takes the first; or, for a decoder and labels that are words, with
+        its output embeddings of them, so that it begins with its own guess at what follows
+        `prompt`.
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
         How the hidden states of a text become one vector. "auto" is the last token for a decoder
         and the mean for an encoder.

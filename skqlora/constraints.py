@@ -27,7 +27,7 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "use_dora": ["boolean"],
     # Other starts of PEFT write to the base, which is shared.
     "init_lora_weights": [Options(bool, {True}), StrOptions({"gaussian"})],
-    "init_head_weights": [StrOptions({"normal", "probe"})],
+    "init_head_weights": [StrOptions({"normal", "probe", "class_names"})],
     "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],
     "max_length": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
     "truncation": [StrOptions(set(TRUNCATIONS))],

@@ -30,6 +30,7 @@ from skqlora.clones import targeted_modules
 from skqlora.data import TokenizedTexts, rounded_up_length
 from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
 from skqlora.distributed import Ranks
+from skqlora.head_start import refuse_unnamed_classes, start_head
 from skqlora.inputs import PREDICTION_CHUNK, LabelledTexts
 from skqlora.layers import modules_in_layers
 from skqlora.memory import (
@@ -41,7 +42,6 @@ from skqlora.memory import (
 )
 from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.prefix import CachedPrefix, cached_prefix
-from skqlora.probe import choose_probe_rows, fit_probe
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
 from skqlora.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, scaled_learning_rate
@@ -50,7 +50,6 @@ from skqlora.tracing import UntraceableError
 from skqlora.training import (
     Trainer,
     TrainingSettings,
-    compute_features,
     largest_pass,
     predict_logits,
 )
@@ -129,6 +128,8 @@ def finetuning(
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     max_length = choose_max_length(params, architecture.max_positions, tokenizer.max_length)
     text = text_settings(params, max_length)
+    how = params.init_head_weights
+    refuse_unnamed_classes(how, table, params.pooling)
     tokens, counts = tokenizer.tokenize(table.texts, text, architecture.vocab_size)
     table, weights = by_window(table, weights, counts)
     n_classes = len(table.classes)
@@ -163,8 +164,17 @@ def finetuning(
         lora_dropout=params.lora_dropout,
         start=start,
     ) as model:
-        if start is None and not incremental and params.init_head_weights == "probe":
-            _start_from_probe(model, tokens, table.targets, weights, seed)
+        if start is None:
+            start_head(
+                "normal" if how == "probe" and incremental else how,
+                model,
+                tokenizer,
+                table.classes,
+                tokens,
+                table.targets,
+                weights,
+                seed,
+            )
         with (
             _prefix(params, model, tokens, max_length, settings) as prefix,
             Trainer(
@@ -181,25 +191,6 @@ def finetuning(
         ):
             footprint = backbone.footprint(model.count_trainable())
             yield Finetuning(trainer, text, tokenizer.fingerprint, footprint)
-
-
-def _start_from_probe(
-    model: TextClassifierModel,
-    tokens: TokenizedTexts,
-    targets: np.ndarray,
-    weights: np.ndarray,
-    seed: int,
-) -> None:
-    """Let the head begin as a logistic regression on what the base gives; the adapter is none."""
-
-    def fit() -> dict[str, np.ndarray]:
-        rows = choose_probe_rows(targets, seed)
-        features = compute_features(model, tokens.take(rows))
-        bias = model.head.bias is not None
-        n_classes = model.head.out_features
-        return fit_probe(features, targets[rows], weights[rows], n_classes, bias=bias)
-
-    model.start_head(Ranks.current().call_on_first(fit))
 
 
 def _prefix(

@@ -47,7 +47,7 @@ def fingerprint_source(model: str, revision: str | None) -> str:
         config.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     tensors = {}
-    for path in _weight_files(model, revision):
+    for path in weight_files(model, revision):
         with safe_open(path, framework="pt") as file:
             tensors.update({name: _tensor_digest(file, name) for name in file.keys()})  # noqa: SIM118
     for name in sorted(tensors):
@@ -62,7 +62,8 @@ def _tensor_digest(file: Any, name: str) -> bytes:
     return digest.digest()
 
 
-def _weight_files(model: str, revision: str | None) -> list[Path]:
+def weight_files(model: str, revision: str | None) -> list[Path]:
+    """List the safetensors files of a base; a ValueError says what is missing."""
     single = _file_of(model, revision, "model.safetensors")
     if single is not None:
         return [single]

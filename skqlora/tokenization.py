@@ -119,6 +119,14 @@ class CachingTokenizer:
         """Greatest number of tokens that the tokenizer's files allow, special tokens included."""
         return self._tokenizer.model_max_length
 
+    def ids_of_word(self, word: str) -> list[int]:
+        """Turn a word into ids as it would go on after a text, without special tokens."""
+        both = (
+            self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (" " + word, word)
+        )
+        return min(both, key=len)  # some tokenizers put the space there themselves
+
     def tokenize(
         self, texts: list[str], settings: TextSettings, vocab_size: int
     ) -> tuple[TokenizedTexts, np.ndarray]:

@@ -1,0 +1,97 @@
+"""A decoder's own guess as a start of the head: its output embeddings of the classes' names.
+
+Under a prompt that the class would follow, a text's first logits are then those of the causal
+language model for the tokens of each class, averaged: it answers before it has learned.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from skqlora.architecture import read_config
+from skqlora.backbone import Backbone, BackboneSpec
+from skqlora.fingerprint import weight_files
+from skqlora.quiet import muted
+from skqlora.tokenization import CachingTokenizer
+
+
+def head_of_class_names(
+    backbone: Backbone, tokenizer: CachingTokenizer, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Average the output embeddings of each name's tokens.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Of a causal model.
+    tokenizer : CachingTokenizer
+    names : sequence of str, of length n_classes
+        Underscores count as spaces.
+
+    Returns
+    -------
+    head : dict of str to ndarray
+        float32: "weight" of shape (n_classes, hidden_size).
+
+    Raises
+    ------
+    ValueError
+        If the model is none that predicts tokens, or a name is of no token.
+    """
+    tokens = [tokenizer.ids_of_word(name.replace("_", " ")) for name in names]
+    nameless = [name for name, ids in zip(names, tokens, strict=True) if not ids]
+    if nameless:
+        raise ValueError(
+            f"Got the class {nameless[0]!r}, of which the tokenizer makes no token. Wanted: names, "
+            "or another init_head_weights than 'class_names'."
+        )
+    different = sorted({token for ids in tokens for token in ids})
+    rows = dict(zip(different, _output_embeddings(backbone, different), strict=True))
+    weight = np.stack([np.mean([rows[token] for token in ids], axis=0) for ids in tokens])
+    if weight.shape[1] != backbone.hidden_size:
+        raise ValueError(
+            f"model={backbone.spec.model!r} has output embeddings of width {weight.shape[1]} and "
+            f"hidden states of {backbone.hidden_size}. Wanted: the same, or another "
+            "init_head_weights than 'class_names'."
+        )
+    return {"weight": weight}
+
+
+def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
+    """Read the rows of some tokens, of shape (n_tokens, width), float32."""
+    spec = backbone.spec
+    name = _output_name(spec)
+    if name is None:
+        table: torch.Tensor = backbone.module.get_input_embeddings().weight  # type: ignore[assignment]
+        return table[torch.tensor(tokens, device=table.device)].float().cpu().numpy()
+    for path in weight_files(spec.model, spec.revision):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                table = file.get_slice(name)
+                rows = [table[token : token + 1] for token in tokens]
+                return torch.cat(rows).float().numpy()
+    raise ValueError(
+        f"model={spec.model!r} has no {name} in its files. Wanted: the checkpoint of a whole "
+        "causal language model, or another init_head_weights than 'class_names'."
+    )
+
+
+def _output_name(spec: BackboneSpec) -> str | None:
+    """Name the parameter of the output embeddings; None where they are the input's."""
+    config = read_config(spec.model, spec.revision)
+    try:
+        with torch.device("meta"), muted():
+            causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"model={spec.model!r} ({config.model_type}) predicts no tokens. Wanted: a causal "
+            "language model, or another init_head_weights than 'class_names'."
+        ) from error
+    output: nn.Module = causal.get_output_embeddings()
+    if output.weight is causal.get_input_embeddings().weight:
+        return None
+    return next(name for name, p in causal.named_parameters() if p is output.weight)

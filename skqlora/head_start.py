@@ -1,0 +1,91 @@
+"""How a head begins: with what, and where that cannot be."""
+
+import numpy as np
+
+from skqlora.class_names import head_of_class_names
+from skqlora.data import TokenizedTexts
+from skqlora.distributed import Ranks
+from skqlora.inputs import LabelledTexts
+from skqlora.model import TextClassifierModel
+from skqlora.probe import choose_probe_rows, fit_probe
+from skqlora.tokenization import CachingTokenizer
+from skqlora.training import compute_features
+
+
+def refuse_unnamed_classes(how: str, table: LabelledTexts, pooling: str) -> None:
+    """Refuse to start from names where labels are none, or the pooled token is not the last.
+
+    Parameters
+    ----------
+    how : {"normal", "probe", "class_names"}
+    table : LabelledTexts
+    pooling : str
+        As the user asks for it.
+
+    Raises
+    ------
+    ValueError
+    """
+    if how != "class_names":
+        return
+    if table.multilabel or not all(isinstance(label, str) for label in table.classes.tolist()):
+        what = "a multilabel indicator" if table.multilabel else f"{table.classes.dtype} labels"
+        raise ValueError(
+            f"Got init_head_weights='class_names' with {what}. Wanted: one label of type str for "
+            "each text, or another start of the head."
+        )
+    if pooling not in ("auto", "last"):
+        raise ValueError(
+            f"Got init_head_weights='class_names' with pooling={pooling!r}. Wanted: 'last' or "
+            "'auto', since a decoder predicts after the last token."
+        )
+
+
+def start_head(
+    how: str,
+    model: TextClassifierModel,
+    tokenizer: CachingTokenizer,
+    classes: np.ndarray,
+    tokens: TokenizedTexts,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    seed: int,
+) -> None:
+    """Let the head of a model, whose adapter changes nothing yet, begin as asked for.
+
+    Parameters
+    ----------
+    how : {"normal", "probe", "class_names"}
+        "normal" is how it is already.
+    model : TextClassifierModel
+        Outside of any training.
+    tokenizer : CachingTokenizer
+    classes : ndarray of shape (n_classes,)
+    tokens : TokenizedTexts
+        Of n_rows texts.
+    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_classes)
+    weights : ndarray of the shape of `targets`
+    seed : int
+        Of which rows a probe is fitted to, if not to all.
+
+    Raises
+    ------
+    ValueError
+        If the base predicts no tokens, for "class_names".
+    """
+
+    def probe() -> dict[str, np.ndarray]:
+        rows = choose_probe_rows(targets, seed)
+        features = compute_features(model, tokens.take(rows))
+        bias = model.head.bias is not None
+        return fit_probe(features, targets[rows], weights[rows], len(classes), bias=bias)
+
+    if how == "class_names":
+        if not model.backbone.causal:
+            raise ValueError(
+                f"Got init_head_weights='class_names' with model={model.backbone.spec.model!r}, "
+                "which is no decoder. Wanted: a decoder, or another start of the head."
+            )
+        model.start_head(head_of_class_names(model.backbone, tokenizer, classes.tolist()))
+    elif how == "probe":
+        model.start_head(Ranks.current().call_on_first(probe))
