@@ -6,6 +6,7 @@ Knows nothing of how files are put in their place.
 import errno
 import json
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from skqlora.adapter import AdapterState, LoraSettings
+from skqlora.adapter import AdapterState, LoraSettings, TextSettings
 from skqlora.architecture import check_architecture, read_config
 from skqlora.backbone import Backbone
 from skqlora.cache import get_backbone
@@ -90,8 +91,10 @@ def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
         spec.model, revision=spec.revision, trust_remote_code=False
     )
     tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = estimator.adapter_.text.max_length
+    text = estimator.adapter_.text
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "left" if text.truncation == "tail" else "right"
+    tokenizer.model_max_length = text.max_length
     config = classification_config(
         backbone.module.config,
         [str(label) for label in estimator.classes_.tolist()],
@@ -108,7 +111,22 @@ def _checked_base(estimator: Any) -> Backbone:
     refuse_other_base(backbone, estimator.adapter_)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     refuse_other_tokenizer(spec, tokenizer, estimator.adapter_)
+    _warn_of_what_is_not_kept(estimator.adapter_.text)
     return backbone
+
+
+def _warn_of_what_is_not_kept(text: TextSettings) -> None:
+    """Tell what neither PEFT's nor Transformers' format has a place for."""
+    lost = [] if text.prompt is None else [f"prompt={text.prompt!r}"]
+    if text.truncation in ("head+tail", "windows"):
+        lost.append(f"truncation={text.truncation!r}")
+    if lost:
+        warnings.warn(
+            f"{' and '.join(lost)} cannot be written to this format. Do the same to the texts "
+            "before you give them to its model, or use `save`, which keeps all.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:

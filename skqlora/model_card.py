@@ -52,12 +52,14 @@ def model_card(parameters: dict[str, Any], fitted: dict[str, Any], path: str) ->
         pipeline_tag="text-classification",
         tags=["peft", "lora", "qlora", "scikit-learn"],
     )
+    prompt = fitted["adapter_"].text.prompt
     score, losses = fitted["best_validation_score_"], fitted["loss_curve_"]
     rows = {
         "base": f"{model}, {parameters['quantization'] or 'not quantized'}",
         "adapter": f"LoRA of rank {fitted['adapter_'].lora.r}",
         "trained parameters": f"{fitted['footprint_'].trainable_parameters:,}",
         "training texts": f"{fitted['n_samples_seen_']:,}" if losses else None,
+        "prompt": repr(prompt) if prompt else None,
         "epochs": fitted["n_iter_"],
         "training loss": f"{losses[-1]:.4f} nats" if losses else None,
         "validation score": None if score is None else f"{score:.4f}",

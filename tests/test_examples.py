@@ -148,6 +148,66 @@ def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
     assert n_tokens[0] == pytest.approx(n_tokens[1], rel=0.05)
 
 
+@pytest.fixture
+def tables(corpus, tmp_path):
+    """A folder with a table of one label a text, and one of several."""
+    texts, labels = corpus
+    several = ["|".join(sorted({a, b})) for a, b in zip(labels, labels[::-1], strict=True)]
+    columns = {"trec6": ("label", labels), "goemotions": ("labels", several)}
+    for table, (name, column) in columns.items():
+        (tmp_path / table).mkdir()
+        for part in ("train", "test", "valid"):
+            with (tmp_path / table / f"{part}.csv").open("w", newline="") as file:
+                rows = zip(texts, column, strict=True)
+                csv.writer(file).writerows([("text", name), *rows])
+    return tmp_path
+
+
+def run_benchmark(script, *options):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "benchmarks" / script, *map(str, options)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+def test_benchmark_of_methods_resumes(encoder, tables):
+    output = tables / "runs.jsonl"
+    options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0", "1"]
+    few = ["TF-IDF + LR", "frozen + LR", "LoRA", "QLoRA NF4 + DQ"]
+    stdout = run_benchmark(
+        "bench_methods.py", *options, "--tasks", "trec6-100", "goemotions", "--methods", *few
+    )
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(runs) == 16
+    assert all(run["trained"] > 0 and run["bytes"] > 0 and run["fit_s"] > 0 for run in runs)
+    assert "### trec6-100, 2 seeds" in stdout
+    assert "QLoRA NF4 + DQ less LoRA: " in stdout
+    dense = ["head only", "last 2 layers", "full fine-tuning"]
+    run_benchmark("bench_methods.py", *options, "--tasks", "trec6-100", "--methods", *few, *dense)
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(runs) == 22  # those that were there are not run again
+    trained = {run["run"]["method"]: run["trained"] for run in runs[16:]}
+    assert trained["head only"] == 3 * (64 + 1)
+    assert trained["head only"] < trained["last 2 layers"] < trained["full fine-tuning"]
+    assert min(run["accuracy"] for run in runs[16:] if run["run"]["method"] != "head only") > 0.9
+
+
+def test_benchmark_of_settings_draws_a_picture(encoder, tables):
+    output, picture = tables / "runs.jsonl", tables / "rank.png"
+    options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0"]
+    stdout = run_benchmark(
+        "bench_settings.py",
+        *options,
+        *("--tasks", "trec6-100", "--plot", picture),
+        *("--try", '{"lora_r": 1}', '{"lora_r": 4}'),
+    )
+    assert "| lora_r=4 | " in stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_benchmark_of_scaling(encoder, tmp_path):
     output, picture = tmp_path / "figures.json", tmp_path / "curves.png"
     script = [EXAMPLES / "benchmarks" / "bench_scaling.py", "--model", encoder, "--repeats", "1"]

@@ -126,3 +126,25 @@ def test_prompt_without_one_place_for_the_text_is_refused(encoder, corpus, promp
 def test_other_braces_of_a_prompt_are_text(decoder, corpus):
     clf = make_classifier(decoder, num_train_epochs=1, prompt='{"text": "{text}", {}').fit(*corpus)
     assert clf.predict(["{text} {}"]).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prompt": "the {text} is"}, {"truncation": "windows"}, {"truncation": "head+tail"}],
+)
+def test_formats_that_cannot_hold_it_say_so(encoder, corpus, settings, tmp_path):
+    clf = make_classifier(encoder, num_train_epochs=1, **settings).fit(*corpus)
+    with pytest.warns(UserWarning, match=f"{next(iter(settings))}=.* cannot be written"):
+        clf.to_transformers()
+    with pytest.warns(UserWarning, match=f"{next(iter(settings))}=.* cannot be written"):
+        clf.to_peft(tmp_path / "peft")
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{CUT}")
+def test_exported_tokenizer_keeps_the_tail(encoder, late_corpus):
+    clf = make_classifier(encoder, **SHORT, truncation="tail").fit(*late_corpus)
+    model, tokenizer = clf.to_transformers()
+    texts = late_corpus[0][:4]
+    batch = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
+    probabilities = model(**batch).logits.softmax(dim=1).detach().numpy()
+    np.testing.assert_allclose(probabilities, clf.predict_proba(texts), atol=1e-2)
