@@ -6,11 +6,12 @@ Knows nothing of models: vectors and numbers come in.
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from skqlora.quiet import library_lock
+
 PROBE_TEXTS = 10_000  # the most that a probe is fitted to
-PROBE_C = 0.1  # of the regression, on features of unit variance
+PROBE_C = 0.03  # of the regression, on features of unit variance
 
 
 def choose_probe_rows(targets: np.ndarray, seed: int) -> np.ndarray:
@@ -85,8 +86,9 @@ def _fit(
     if len(present) < 2:
         return weight, intercept
     probe = LogisticRegression(C=PROBE_C, fit_intercept=bias, max_iter=100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # it is a start, whatever it reached
+    with library_lock, warnings.catch_warnings():
+        # It is a start, whatever it reached, and however many classes there are for the texts.
+        warnings.simplefilter("ignore", UserWarning)
         probe.fit(features[counted], targets[counted], weights[counted])
     if len(present) == 2:  # one row for both
         weight[present] = probe.coef_ * np.array([[-0.5], [0.5]])
