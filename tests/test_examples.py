@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -206,6 +207,34 @@ def test_benchmark_of_settings_draws_a_picture(encoder, tables):
     )
     assert "| lora_r=4 | " in stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_of_calibration_draws_a_picture(encoder, tables):
+    output, picture = tables / "runs.jsonl", tables / "reliability.png"
+    options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0", "1"]
+    stdout = run_benchmark(
+        "bench_calibration.py", *options, "--tasks", "trec6-1000", "--plot", picture
+    )
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(runs) == 2
+    for run in runs:
+        assert sum(run["before"]["counts"]) == sum(run["after"]["counts"]) == 48
+        assert 0 <= run["before"]["ece"] <= 1
+    assert "| trec6-1000 | " in stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_expected_calibration_error_is_that_of_its_definition(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    bench = load_example("benchmarks/bench_calibration")
+    confidence = np.array([0.99, 0.98, 0.5, 0.52, 1.0])
+    hits = np.array([True, False, True, False, True])
+    counts, confidences, accuracies = bench.reliability(confidence, hits)
+    assert counts.sum() == 5
+    assert counts[-1] == 3
+    assert confidences[-1] == pytest.approx(0.99)
+    assert accuracies[-1] == pytest.approx(2 / 3)
+    assert (counts[7], accuracies[7]) == (2, 0.5)
 
 
 def test_benchmark_of_scaling(encoder, tmp_path):
