@@ -176,24 +176,25 @@ def run_benchmark(script, *options):
 
 def test_benchmark_of_methods_resumes(encoder, tables):
     output = tables / "runs.jsonl"
-    options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0", "1"]
+    options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0"]
     few = ["TF-IDF + LR", "frozen + LR", "LoRA", "QLoRA NF4 + DQ"]
     stdout = run_benchmark(
         "bench_methods.py", *options, "--tasks", "trec6-100", "goemotions", "--methods", *few
     )
     runs = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(runs) == 16
+    assert len(runs) == 8
     assert all(run["trained"] > 0 and run["bytes"] > 0 and run["fit_s"] > 0 for run in runs)
-    assert "### trec6-100, 2 seeds" in stdout
+    assert "### trec6-100, seeds: 1" in stdout
     assert "QLoRA NF4 + DQ less LoRA: " in stdout
     dense = ["head only", "last 2 layers", "full fine-tuning"]
     run_benchmark("bench_methods.py", *options, "--tasks", "trec6-100", "--methods", *few, *dense)
     runs = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(runs) == 22  # those that were there are not run again
-    trained = {run["run"]["method"]: run["trained"] for run in runs[16:]}
+    assert len(runs) == 11  # those that were there are not run again
+    trained = {run["run"]["method"]: run["trained"] for run in runs[8:]}
     assert trained["head only"] == 3 * (64 + 1)
     assert trained["head only"] < trained["last 2 layers"] < trained["full fine-tuning"]
-    assert min(run["accuracy"] for run in runs[16:] if run["run"]["method"] != "head only") > 0.9
+    learned = [run for run in runs[8:] if run["run"]["method"] != "head only"]
+    assert min(run["accuracy"] for run in learned) > 0.8  # of three classes
 
 
 def test_benchmark_of_settings_draws_a_picture(encoder, tables):

@@ -133,7 +133,8 @@ def test_other_braces_of_a_prompt_are_text(decoder, corpus):
     [{"prompt": "the {text} is"}, {"truncation": "windows"}, {"truncation": "head+tail"}],
 )
 def test_formats_that_cannot_hold_it_say_so(encoder, corpus, settings, tmp_path):
-    clf = make_classifier(encoder, num_train_epochs=1, **settings).fit(*corpus)
+    clf = make_classifier(encoder, num_train_epochs=1, pooling="pooler", **settings)
+    clf.fit(*corpus)
     with pytest.warns(UserWarning, match=f"{next(iter(settings))}=.* cannot be written"):
         clf.to_transformers()
     with pytest.warns(UserWarning, match=f"{next(iter(settings))}=.* cannot be written"):
@@ -142,7 +143,7 @@ def test_formats_that_cannot_hold_it_say_so(encoder, corpus, settings, tmp_path)
 
 @pytest.mark.filterwarnings(f"ignore:.*{CUT}")
 def test_exported_tokenizer_keeps_the_tail(encoder, late_corpus):
-    clf = make_classifier(encoder, **SHORT, truncation="tail").fit(*late_corpus)
+    clf = make_classifier(encoder, **SHORT, truncation="tail", pooling="pooler").fit(*late_corpus)
     model, tokenizer = clf.to_transformers()
     texts = late_corpus[0][:4]
     batch = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")

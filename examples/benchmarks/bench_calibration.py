@@ -46,7 +46,11 @@ def fit_and_calibrate(model, data, test_rows, key):
         table.texts, table.y, test_size=0.2, stratify=table.y, random_state=key["seed"]
     )
     clf = QLoRAClassifier(model, random_state=key["seed"]).fit(texts, y)
-    calibrated = CalibratedClassifierCV(FrozenEstimator(clf), method="temperature")
+    # One "fold" of all texts: nothing is fitted in it but the temperature, and classes are rare.
+    rows = np.arange(len(held_out))
+    calibrated = CalibratedClassifierCV(
+        FrozenEstimator(clf), method="temperature", cv=[(rows, rows)]
+    )
     calibrated.fit(held_out, held_out_y)
     figures = {}
     for name, classifier in {"before": clf, "after": calibrated}.items():

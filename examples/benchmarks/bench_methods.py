@@ -267,7 +267,7 @@ def print_task(task, runs):
     """Print a table of one task's runs: means over seeds, and the score's deviation."""
     figure = main_figure(task)
     n_seeds = len({run["run"]["seed"] for run in runs})
-    print(f"\n### {task}, {n_seeds} seeds\n")
+    print(f"\n### {task}, seeds: {n_seeds}\n")
     print("| method | accuracy, % | macro-F1, % | fit, s | trained | saved, MB | peak, MB |")
     print("|---" * 7 + "|")
     for method in METHODS:
