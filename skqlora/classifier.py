@@ -200,6 +200,8 @@ class QLoRAClassifier(
     0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025) over
     Llama and Qwen models.
 
+    ``num_train_epochs="auto"`` is as many as give 500 updates, but 5 at least and 20 at most.
+
     On a CPU, the same seed and number of threads give the same weights bit for bit.
 
     References
