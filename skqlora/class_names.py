@@ -1,7 +1,8 @@
 """A decoder's own guess as a start of the head: its output embeddings of the classes' names.
 
 Under a prompt that the class would follow, a text's first logits are then those of the causal
-language model for the tokens of each class, averaged: it answers before it has learned.
+language model for the tokens of each class, averaged, but for a bias, a scale or a cap that some
+families put on them: it answers before it has learned.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,12 @@ def head_of_class_names(
             "or another init_head_weights than 'class_names'."
         )
     different = sorted({token for ids in tokens for token in ids})
+    if different[-1] >= backbone.vocab_size:
+        raise ValueError(
+            f"The tokenizer makes the token id {different[-1]} of a class's name but the model has "
+            f"only {backbone.vocab_size} token embeddings. Wanted: the tokenizer that belongs to "
+            "the model, in its folder."
+        )
     rows = dict(zip(different, _output_embeddings(backbone, different), strict=True))
     weight = np.stack([np.mean([rows[token] for token in ids], axis=0) for ids in tokens])
     if weight.shape[1] != backbone.hidden_size:
@@ -91,7 +98,12 @@ def _output_name(spec: BackboneSpec) -> str | None:
             f"model={spec.model!r} ({config.model_type}) predicts no tokens. Wanted: a causal "
             "language model, or another init_head_weights than 'class_names'."
         ) from error
-    output: nn.Module = causal.get_output_embeddings()
+    output: nn.Module | None = causal.get_output_embeddings()
+    if output is None:
+        raise ValueError(
+            f"model={spec.model!r} ({config.model_type}) has no output embeddings. Wanted: another "
+            "init_head_weights than 'class_names'."
+        )
     if output.weight is causal.get_input_embeddings().weight:
         return None
     return next(name for name, p in causal.named_parameters() if p is output.weight)

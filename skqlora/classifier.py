@@ -94,7 +94,8 @@ class QLoRAClassifier(
         mean over its windows, each of which is trained on with the text's label and an equal part
         of its weight.
     stride : int, default=0
-        Tokens that a window shares with the one before.
+        Tokens that a window shares with the one before, at most half of it; the last window, which
+        is as long as the others, may share more.
     prompt : str, default=None
         Template that a text is put into at its one ``{text}``, such as ``"{text}\nLabel:"``; it is
         never cut. Worth a try with decoders.
@@ -200,7 +201,8 @@ class QLoRAClassifier(
     0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025) over
     Llama and Qwen models.
 
-    ``num_train_epochs="auto"`` is as many as give 500 updates, but 5 at least and 20 at most.
+    ``num_train_epochs="auto"`` is as many as give 500 updates, but 5 at least and 20 at most,
+    were each text one window.
 
     On a CPU, the same seed and number of threads give the same weights bit for bit.
 

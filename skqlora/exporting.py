@@ -92,6 +92,7 @@ def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
     )
     tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
     text = estimator.adapter_.text
+    _warn_of_what_is_not_kept(text, kept=("head", "tail"))
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left" if text.truncation == "tail" else "right"
     tokenizer.model_max_length = text.max_length
@@ -111,14 +112,13 @@ def _checked_base(estimator: Any) -> Backbone:
     refuse_other_base(backbone, estimator.adapter_)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     refuse_other_tokenizer(spec, tokenizer, estimator.adapter_)
-    _warn_of_what_is_not_kept(estimator.adapter_.text)
     return backbone
 
 
-def _warn_of_what_is_not_kept(text: TextSettings) -> None:
-    """Tell what neither PEFT's nor Transformers' format has a place for."""
+def _warn_of_what_is_not_kept(text: TextSettings, kept: tuple[str, ...]) -> None:
+    """Tell what a format, of which `kept` are the ways of truncation, has no place for."""
     lost = [] if text.prompt is None else [f"prompt={text.prompt!r}"]
-    if text.truncation in ("head+tail", "windows"):
+    if text.truncation not in kept:
         lost.append(f"truncation={text.truncation!r}")
     if lost:
         warnings.warn(
@@ -158,6 +158,7 @@ def write_peft(estimator: Any, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
     adapter: AdapterState = estimator.adapter_
     spec = _checked_base(estimator).spec
+    _warn_of_what_is_not_kept(adapter.text, kept=("head",))
     model, revision = os.fspath(estimator.model), spec.revision
     stock, base, head_name = _stock_skeleton(read_config(model, revision), adapter.pooling)
     write_adapter(

@@ -131,7 +131,7 @@ def finetuning(
     how = params.init_head_weights
     refuse_unnamed_classes(how, table, params.pooling)
     tokens, counts = tokenizer.tokenize(table.texts, text, architecture.vocab_size)
-    table, weights = by_window(table, weights, counts)
+    rows, row_weights = by_window(table, weights, counts)
     n_classes = len(table.classes)
     longest = min(rounded_up_length(int(tokens.lengths.max())), max_length)
     checkpointing = Ranks.current().call_on_first(
@@ -150,7 +150,7 @@ def finetuning(
     Ranks.current().refuse_differences(
         lambda: (
             (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
-            (lora, settings, params.lora_dropout, params.pooling, text),
+            (lora, settings, params.lora_dropout, params.pooling, how, text),
             (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
             joblib.hash((start, resumed)),
         )
@@ -171,8 +171,8 @@ def finetuning(
                 tokenizer,
                 table.classes,
                 tokens,
-                table.targets,
-                weights,
+                rows.targets,
+                row_weights,
                 seed,
             )
         with (
@@ -180,9 +180,9 @@ def finetuning(
             Trainer(
                 model,
                 tokens,
-                table.targets,
+                rows.targets,
                 settings,
-                weights=weights,
+                weights=row_weights,
                 prefix=prefix,
                 seed=seed,
                 resumed=resumed,

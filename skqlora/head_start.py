@@ -71,12 +71,19 @@ def start_head(
     Raises
     ------
     ValueError
-        If the base predicts no tokens, for "class_names".
+        If the base predicts no tokens, for "class_names"; if its hidden states are not finite, for
+        "probe".
     """
 
     def probe() -> dict[str, np.ndarray]:
         rows = choose_probe_rows(targets, seed)
         features = compute_features(model, tokens.take(rows))
+        if not np.isfinite(features).all():
+            raise ValueError(
+                "The base gives hidden states that are infinite or no numbers, to which no "
+                "regression can be fitted. Pass compute_dtype='float32', or "
+                "init_head_weights='normal'."
+            )
         bias = model.head.bias is not None
         return fit_probe(features, targets[rows], weights[rows], len(classes), bias=bias)
 

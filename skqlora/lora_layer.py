@@ -12,7 +12,8 @@ class FusedLinear4bit(Linear4bit):
     PEFT clones the base's output, scales LoRA's product and adds the two: three passes over a
     tensor as large as the output, for a product of rank r. Here one matrix product adds itself to
     the output of the base: y = W x + s B (A x), Hu et al., arXiv 2106.09685, eq. 3. The numbers
-    are PEFT's but for float32's rounding. DoRA, and what autocast mixes, is left to PEFT.
+    are PEFT's but for float32's rounding. DoRA, what autocast mixes, and an adapter that is merged
+    or turned off are left to PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -22,6 +23,8 @@ class FusedLinear4bit(Linear4bit):
             adapter in self.lora_variant
             or x.dtype != torch.float32
             or torch.is_autocast_enabled(x.device.type)
+            or self.disable_adapters
+            or self.merged
         ):
             return super().forward(x, *args, **kwargs)
         down = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)

@@ -188,11 +188,12 @@ class CachingTokenizer:
             raise ValueError(
                 f"Got max_length={settings.max_length} but {what}; pass at least {n_kept + 1}."
             )
-        if settings.truncation == "windows" and settings.stride >= settings.max_length - n_kept:
+        room = settings.max_length - n_kept
+        if settings.truncation == "windows" and settings.stride > room // 2:
             raise ValueError(
                 f"Got stride={settings.stride} but a window of max_length={settings.max_length} "
-                f"holds {settings.max_length - n_kept} tokens of the text. Pass a smaller stride, "
-                "or a greater max_length."
+                f"holds {room} tokens of the text. Wanted: at most half as many, {room // 2}; or "
+                "pass a greater max_length."
             )
 
     def _recall(self, texts: Iterable[str], settings: TextSettings) -> "dict[str, Encoded]":
@@ -244,17 +245,18 @@ class CachingTokenizer:
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_special_tokens_mask=prompt is None,
+            return_special_tokens_mask=True,
             return_offsets_mapping=prompt is not None,
             verbose=False,
         )
         for number, (ids, text) in enumerate(zip(encoding["input_ids"], texts, strict=True)):
-            if prompt is None:
-                yield ids, np.array(encoding["special_tokens_mask"][number]) == 0
-            else:  # special tokens are of no characters
+            of_text = np.array(encoding["special_tokens_mask"][number]) == 0
+            if prompt is not None:
                 start, stop = np.array(encoding["offset_mapping"][number]).reshape(-1, 2).T
-                inside = (start >= len(before)) & (stop <= len(before) + len(text))
-                yield ids, inside & (start < stop)
+                # The prompt's last space may be part of the text's first token.
+                of_text &= (stop > len(before)) & (start >= len(before.rstrip()))
+                of_text &= stop <= len(before) + len(text)
+            yield ids, of_text
 
     def _first_known(self, names: Iterable[str], vocab_size: int) -> int:
         ids = (getattr(self._tokenizer, name) for name in names)
@@ -276,9 +278,11 @@ def _cut(ids: np.ndarray, of_text: np.ndarray, settings: TextSettings) -> Encode
     opening, text, closing = ids[:first], ids[first:last], ids[last:]
     room = max_length - len(opening) - len(closing)
     if room < 1:  # a text of special tokens
-        return Encoded((ids[:max_length],), is_cut=True)
+        return Encoded((np.concatenate([opening, closing])[:max_length],), is_cut=True)
     if settings.truncation == "windows":
-        starts = range(0, len(text) - settings.stride, max(1, room - settings.stride))
+        step = max(room - settings.stride, -(-room // 2))
+        # The last window is as long as the others, since it counts as much.
+        starts = [*range(0, len(text) - room, step), len(text) - room]
         kept = [text[start : start + room] for start in starts]
     else:
         n_head = {"head": room, "tail": 0, "head+tail": room // HEAD_PART}[settings.truncation]

@@ -70,6 +70,7 @@ def test_search_on_a_cluster(encoder, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("examples")
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # in dask
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")  # of the tiny model
 def test_large_tables(encoder, monkeypatch, tmp_path, capsys):
     options = ["--model", encoder, "--rows", "500", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["large", *options])

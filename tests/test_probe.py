@@ -19,6 +19,12 @@ def features():
     return ((centres[targets] + rng.normal(size=(90, 6))) * scales).astype(np.float32), targets
 
 
+@pytest.fixture
+def weakly_regularised(monkeypatch):
+    """Let few texts decide alone."""
+    monkeypatch.setattr(probe, "PROBE_C", 10)
+
+
 def logits(features, head):
     return features @ head["weight"].T + head.get("bias", 0)
 
@@ -33,7 +39,7 @@ def test_probe_is_a_regression_on_scaled_features(features):
     np.testing.assert_allclose(logits(x, head), expected.decision_function(scaled), atol=1e-3)
 
 
-def test_probe_without_bias_has_none_and_tells_classes_apart(features):
+def test_probe_without_bias_has_none_and_tells_classes_apart(features, weakly_regularised):
     x, y = features
     head = fit_probe(x, y, np.ones(90), 3, bias=False)
     assert set(head) == {"weight"}
@@ -47,7 +53,7 @@ def test_two_classes_share_one_regression(features):
     assert (values.argmax(axis=1) == y).all()
 
 
-def test_each_label_has_its_own_regression(features):
+def test_each_label_has_its_own_regression(features, weakly_regularised):
     x, y = features
     targets = np.column_stack([y == 0, y < 2, np.zeros(90), np.ones(90)]).astype(int)
     weights = np.ones((90, 4))
@@ -77,7 +83,7 @@ def test_training_starts_where_frozen_features_end(family, params, corpus, reque
     assert blind.score(*corpus) < 0.8
 
 
-def test_probe_of_several_labels(encoder, corpus):
+def test_probe_of_several_labels(encoder, corpus, weakly_regularised):
     texts, labels = corpus
     y = (np.array(labels)[:, None] == np.unique(labels)).astype(int)
     hardly = {"num_train_epochs": 1, "learning_rate": 1e-9, "head_learning_rate": 1e-9}

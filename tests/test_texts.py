@@ -49,7 +49,7 @@ def test_what_is_kept_decides_what_can_be_learned(encoder, late_corpus):
 def test_windows_logits_are_averaged(encoder, late_corpus):
     texts, labels = late_corpus
     clf = make_classifier(encoder, **SHORT, truncation="windows").fit(texts, labels)
-    words = [["cat"] * 10, ["red"] * 10, ["dog"] * 4]  # one token each, ten in a window
+    words = [["cat"] * 10, ["red"] * 10, ["dog"] * 10]  # one token each, ten in a window
     logits = clf.predict_log_proba([" ".join(np.concatenate(words))])
     parts = clf.predict_log_proba([" ".join(part) for part in words])
     mean = parts.mean(axis=0)
@@ -95,7 +95,7 @@ def test_windows_go_with_cached_layers_checkpoints_and_early_stopping(
 
 def test_how_texts_are_read_is_kept_with_the_adapter(encoder, late_corpus, tmp_path):
     texts, labels = late_corpus
-    settings = {"truncation": "windows", "stride": 2, "prompt": "the {text} is"}
+    settings = {"truncation": "windows", "stride": 1, "prompt": "the {text} is"}
     clf = make_classifier(encoder, **SHORT, **settings).fit(texts, labels)
     expected = clf.predict_proba(texts)
     assert clf.adapter_.text == TextSettings(12, **settings)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from skqlora.adapter import TextSettings
 from skqlora.tokenization import CachingTokenizer
@@ -177,7 +178,7 @@ def test_truncation_says_what_is_kept_of_a_long_text(tokenizer, long_text, trunc
     assert tokens.sequences[0].tolist() == tokenizer("a cat")["input_ids"]
 
 
-@pytest.mark.parametrize("stride", [0, 3, 9])
+@pytest.mark.parametrize("stride", [0, 3, 5])
 @pytest.mark.filterwarnings(f"error:.*{CUT}")
 def test_windows_hold_the_whole_text_and_share_stride_tokens(tokenizer, long_text, stride):
     whole = tokenizer(long_text)["input_ids"][1:-1]
@@ -186,18 +187,14 @@ def test_windows_hold_the_whole_text_and_share_stride_tokens(tokenizer, long_tex
     )
     assert counts.tolist() == [len(tokens) - 1, 1]
     windows = [of_text(tokenizer, ids) for ids in tokens.sequences[:-1]]
-    assert [len(window) for window in windows[:-1]] == [10] * (counts[0] - 1)
-    joined = windows[0]
-    for window in windows[1:]:
-        assert window[:stride] == joined[len(joined) - stride :]
-        assert len(window) > stride
-        joined = joined + window[stride:]
-    assert joined == whole
+    assert [len(window) for window in windows] == [10] * counts[0]
+    starts = [*range(0, len(whole) - 10, 10 - stride), len(whole) - 10]
+    assert windows == [whole[start : start + 10] for start in starts]
 
 
-def test_stride_that_leaves_no_step_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="stride=10 but a window of max_length=12 holds 10"):
-        encode(tokenizer, ["a"], max_length=12, truncation="windows", stride=10)
+def test_stride_of_more_than_half_a_window_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="stride=6 but a window of max_length=12 holds 10"):
+        encode(tokenizer, ["a"], max_length=12, truncation="windows", stride=6)
 
 
 @pytest.mark.parametrize("truncation", ["head", "tail", "head+tail", "windows"])
@@ -244,3 +241,70 @@ def test_prompt_wants_a_tokenizer_that_tells_where_tokens_come_from(tokenizer):
     spy.is_fast = False
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         encode(spy, ["a"], max_length=50, prompt=PROMPT)
+
+
+def trained_tokenizer(pre_tokenizer, decoder):
+    """A BPE tokenizer of a few hundred pieces, as decoders have, without special tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    words = ["the", "movie", "was", "great", "and", "bad", "Review", "Label", "one", "two", "three"]
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "\u2581", "\n"]
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([" ".join(words)] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+STYLES = {
+    "qwen": (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False),
+        decoders.ByteLevel(),
+    ),
+    "gpt2": (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True),
+        decoders.ByteLevel(),
+    ),
+    "llama": (pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()),
+}
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head+tail", "windows"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one two three " * 10,
+        "one two three" + " " * 60,
+        " " * 60 + "one two three",
+        " " * 80,
+        "great. " * 15 + "bad.",
+    ],
+)
+@pytest.mark.parametrize("template", ["Review: {text}\nLabel:", "{text}\nLabel:", "the {text} was"])
+def test_prompt_is_whole_whatever_the_tokenizer_makes_of_spaces(style, text, template, truncation):
+    tokenizer = trained_tokenizer(*STYLES[style])
+    whole = tokenizer(template.format(text=text))["input_ids"]
+    opening, closing = template.split("{text}")
+    tokens, counts = encode(
+        tokenizer, [text, "great"], max_length=18, prompt=template, truncation=truncation, stride=2
+    )
+    assert counts[0] >= 1
+    assert counts[1] == 1
+    for ids in tokens.sequences:
+        assert len(ids) <= 18
+    n_windows = int(counts[0])
+    for ids in tokens.sequences[:n_windows]:
+        decoded = tokenizer.decode(ids).replace(" ", "")
+        assert decoded.startswith(opening.replace(" ", ""))
+        assert decoded.endswith(closing.replace(" ", ""))
+    if truncation == "windows" and len(whole) > 18:
+        assert all(len(ids) == 18 for ids in tokens.sequences[:n_windows])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_first_word_of_the_text_is_cut_as_the_others_are(style):
+    tokenizer = trained_tokenizer(*STYLES[style])
+    text = "great " + "one two three " * 10
+    tokens, _ = encode(
+        tokenizer, [text], max_length=14, prompt="Review: {text}\nLabel:", truncation="tail"
+    )
+    assert "great" not in tokenizer.decode(tokens.sequences[0]).replace(" ", "")
