@@ -123,6 +123,7 @@ def test_skops_loads_the_types_that_it_is_told_to_trust(encoder, corpus, tmp_pat
         "skqlora.adapter.Footprint",
         "skqlora.adapter.LoraSettings",
         "skqlora.adapter.OptimizerState",
+        "skqlora.adapter.TextSettings",
         "skqlora.classifier.QLoRAClassifier",
     ]
     loaded = skops.io.load(tmp_path / "clf.skops", trusted=types)

@@ -130,6 +130,7 @@ def test_no_cache_where_it_saves_nothing(deep, corpus, passes, params):
     assert passes[:4] == [0, 1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_fit_is_the_same_whatever_was_fitted_before(tmp_path, family):
     deep = tiny.save_model(tmp_path, family, num_hidden_layers=4)
