@@ -280,6 +280,7 @@ def test_folder_without_a_tokenizer_is_refused(encoder, tmp_path):
         make_classifier(str(folder)).fit(*TWO)
 
 
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")
 @pytest.mark.parametrize(
     "params",
     [
@@ -312,6 +313,7 @@ def test_every_choice_learns_and_predicts(model, corpus, params):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")
 def test_parameters_arrive_where_they_act(encoder, corpus):
     lora = {
         "lora_alpha": 7,
@@ -336,7 +338,7 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
     assert clf.adapter_.text.max_length == 9
-    settings = training_settings(clf, "bert", 64, 3, checkpointing=clf.gradient_checkpointing)
+    settings = training_settings(clf, "bert", 64, 1, checkpointing=clf.gradient_checkpointing)
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.head_learning_rate == 5 * settings.learning_rate
 
@@ -399,7 +401,7 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
 def test_an_iterator_of_texts_is_predicted_in_chunks(clf, corpus, monkeypatch):
     texts, labels = corpus
     clf.fit(texts, labels)
-    monkeypatch.setattr("skqlora.classifier.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.prediction.PREDICTION_CHUNK", 20)
     for method in (clf.predict, clf.predict_proba, clf.decision_function):
         expected = method(texts)
         found = method(text for text in texts)

@@ -141,7 +141,8 @@ def test_estimate_of_the_peak_of_a_training_step(tmp_path, checkpointing):
 
 
 def test_parts_of_an_estimate_of_a_fit(encoder):
-    estimated = estimate_memory(encoder, n_classes=3, lora_r=4, batch_size=2, device="cpu")
+    here = {"device": "cpu", "compute_dtype": "float32"}  # as `make_backbone` has it
+    estimated = estimate_memory(encoder, n_classes=3, lora_r=4, batch_size=2, **here)
     backbone = make_backbone(encoder)
     model = make_model(backbone)
     assert estimated.base == _count_bytes(backbone.module)
@@ -152,7 +153,7 @@ def test_parts_of_an_estimate_of_a_fit(encoder):
     assert str(estimated).splitlines()[-1].split()[0] == "total"
     with_8_bits = estimate_memory(encoder, n_classes=3, lora_r=4, optim="paged_adamw_8bit")
     assert with_8_bits.optimizer < estimated.optimizer / 3
-    again = estimate_memory(encoder, batch_size=2, gradient_checkpointing=True)
+    again = estimate_memory(encoder, batch_size=2, gradient_checkpointing=True, **here)
     assert again.activations < 0.6 * estimated.activations
 
 
@@ -200,6 +201,7 @@ def test_a_fit_that_cannot_fit_is_refused_before_a_model_is_loaded(encoder, corp
     assert backbone_cache_info().misses == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")
 def test_a_base_that_is_there_needs_no_more_memory(encoder, corpus, memory):
     backbone = make_backbone(encoder)
     clf = make_classifier(encoder, num_train_epochs=1, max_length=8)  # as some texts are
