@@ -81,7 +81,7 @@ class QLoRAClassifier(
         texts, as a logistic regression on what the base gives untrained (arXiv 2202.10054), but
         for `partial_fit`, which takes the first; or, for a decoder and labels that are words, with
         its output embeddings of them, so that it begins with its own guess at what follows
-        `prompt`.
+        `prompt` (but for a bias, a scale or a cap that some families put on their logits).
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
         How the hidden states of a text become one vector. "auto" is the last token for a decoder
         and the mean for an encoder.
