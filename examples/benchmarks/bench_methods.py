@@ -119,7 +119,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         from skqlora import QLoRAClassifier
         from skqlora.data import training_batches
-        from skqlora.recipe import auto_epochs, scaled_learning_rate
+        from skqlora.recipe import scaled_learning_rate
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier()
@@ -137,7 +137,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
             weight_decay=0.0,
         )
         rng = np.random.RandomState(self.seed)
-        n_epochs = auto_epochs(len(X), ours.batch_size)
+        n_epochs = ours.num_train_epochs
         n_steps = n_epochs * math.ceil(len(X) / ours.batch_size)
         scheduler = get_scheduler("linear", optimizer, math.ceil(0.1 * n_steps), n_steps)
         for _ in range(n_epochs):
