@@ -3,8 +3,8 @@ Does it classify better? QLoRA beside what one would do else, on real texts.
 
 Nine ways of training on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the last
 layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the last
-is what `QLoRAClassifier` does by itself. All of a model's ways take as many epochs and as large
-batches; what trains layers themselves takes a tenth of LoRA's rate, which is what the rule behind
+is what `QLoRAClassifier` does by itself. LoRA takes the defaults, and what trains layers themselves as
+large batches and ``num_train_epochs="auto"``; what trains layers themselves takes a tenth of LoRA's rate, which is what the rule behind
 ``learning_rate="auto"`` was derived from. Each run has a process of its own and is appended to a
 JSON-lines file, from which the next call goes on. Prints a Markdown table for each task, and one
 over all::
@@ -114,12 +114,12 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         self.seed = seed
 
     def fit(self, X, y):
-        """Train for as many epochs, in as large batches, as `QLoRAClassifier` does."""
+        """Train in batches as large as `QLoRAClassifier` has, for its "auto" epochs."""
         from transformers import get_scheduler
 
         from skqlora import QLoRAClassifier
         from skqlora.data import training_batches
-        from skqlora.recipe import scaled_learning_rate
+        from skqlora.recipe import auto_epochs, scaled_learning_rate
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier()
@@ -137,7 +137,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
             weight_decay=0.0,
         )
         rng = np.random.RandomState(self.seed)
-        n_epochs = ours.num_train_epochs
+        n_epochs = auto_epochs(len(X), ours.batch_size)
         n_steps = n_epochs * math.ceil(len(X) / ours.batch_size)
         scheduler = get_scheduler("linear", optimizer, math.ceil(0.1 * n_steps), n_steps)
         for _ in range(n_epochs):
