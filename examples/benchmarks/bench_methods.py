@@ -3,8 +3,9 @@ Does it classify better? QLoRA beside what one would do else, on real texts.
 
 Nine ways of training on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the last
 layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the last
-is what `QLoRAClassifier` does by itself. LoRA takes the defaults, and what trains layers themselves as
-large batches and ``num_train_epochs="auto"``; what trains layers themselves takes a tenth of LoRA's rate, which is what the rule behind
+is what `QLoRAClassifier` does by itself. LoRA takes the defaults, and what
+trains layers themselves as large batches, ``num_train_epochs="auto"`` and a tenth of LoRA's rate,
+which is what the rule behind
 ``learning_rate="auto"`` was derived from. Each run has a process of its own and is appended to a
 JSON-lines file, from which the next call goes on. Prints a Markdown table for each task, and one
 over all::
