@@ -99,7 +99,7 @@ class QLoRAClassifier(
     prompt : str, default=None
         Template that a text is put into at its one ``{text}``, such as ``"{text}\nLabel:"``; it is
         never cut. Worth a try with decoders.
-    num_train_epochs : int or "auto", default=5
+    num_train_epochs : int or "auto", default="auto"
         Passes over the training texts. "auto" is more for few texts: see Notes.
     batch_size : int, default=16
         Texts of the greatest length in one forward pass of training; of shorter ones more share a
@@ -113,7 +113,7 @@ class QLoRAClassifier(
     learning_rate : float or "auto", default="auto"
         Peak rate of LoRA. "auto" follows the width of the model: see Notes.
     head_learning_rate : float or "auto", default="auto"
-        Peak rate of the head. "auto" is 5 times that of LoRA.
+        Peak rate of the head. "auto" is 10 times that of LoRA.
     weight_decay : float, default=0.0
     warmup_steps : int or float, default=0.1
         Updates over which the rate rises from 0; below 1, their share of all updates.
@@ -197,11 +197,12 @@ class QLoRAClassifier(
     Where `torch.distributed` has a process group (`torchrun`), all its processes must call `fit`
     with the same texts. Each trains on its share of every batch, and all end with the same weights.
 
-    ``learning_rate="auto"`` is ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for Qwen and
-    0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025) over
-    Llama and Qwen models.
+    ``learning_rate="auto"`` is half of ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for
+    Qwen and 0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025)
+    over Llama and Qwen models. The half, and the other defaults, are the choice of a sweep over
+    small and large tables with one encoder.
 
-    ``num_train_epochs="auto"`` is as many as give 500 updates, but 5 at least and 20 at most,
+    ``num_train_epochs="auto"`` is as many as give 250 updates, but 5 at least and 20 at most,
     were each text one window.
 
     On a CPU, the same seed and number of threads give the same weights bit for bit.
@@ -250,7 +251,7 @@ class QLoRAClassifier(
         truncation="head",
         stride=0,
         prompt=None,
-        num_train_epochs=5,
+        num_train_epochs="auto",
         batch_size=16,
         gradient_accumulation_steps=1,
         gradient_checkpointing="auto",

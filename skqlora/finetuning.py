@@ -44,7 +44,7 @@ from skqlora.model import TextClassifierModel, refuse_other_base
 from skqlora.prefix import CachedPrefix, cached_prefix
 from skqlora.processes import refuse_fork_of_threads
 from skqlora.quiet import muted
-from skqlora.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, scaled_learning_rate
+from skqlora.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, auto_learning_rate
 from skqlora.tokenization import CachingTokenizer, load_tokenizer
 from skqlora.tracing import UntraceableError
 from skqlora.training import (
@@ -401,7 +401,7 @@ def training_settings(
     """Say which recipe an estimator means for a base of that family and width."""
     rate, head_rate = params.learning_rate, params.head_learning_rate
     if rate == "auto":
-        rate = scaled_learning_rate(model_type, hidden_size)
+        rate = auto_learning_rate(model_type, hidden_size)
     if head_rate == "auto":
         head_rate = HEAD_RATE_FACTOR * rate
     return TrainingSettings(

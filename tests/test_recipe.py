@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers import make_classifier
 
-from skqlora import recipe
+from skqlora import QLoRAClassifier, recipe
+from skqlora.finetuning import training_settings
 from skqlora.recipe import AUTO_EPOCHS, AUTO_UPDATES, auto_epochs
 
 
@@ -41,3 +42,17 @@ def test_auto_is_the_number_of_epochs_and_nothing_else(encoder, corpus):
     counted = make_classifier(encoder, num_train_epochs=auto.n_iter_).fit(*corpus)
     texts = corpus[0]
     np.testing.assert_array_equal(auto.predict_proba(texts), counted.predict_proba(texts))
+
+
+@pytest.mark.parametrize(
+    ("params", "rate", "head_rate"),
+    [
+        ({}, 2.5e-4, 2.5e-3),
+        ({"learning_rate": 1e-3}, 1e-3, 1e-2),
+        ({"head_learning_rate": 1e-3}, 2.5e-4, 1e-3),
+    ],
+)
+def test_rates_that_are_left_open(params, rate, head_rate):
+    settings = training_settings(QLoRAClassifier(**params), "llama", 2000, n_epochs=1)
+    assert settings.learning_rate == pytest.approx(rate)
+    assert settings.head_learning_rate == pytest.approx(head_rate)

@@ -3,12 +3,11 @@ Does it classify better? QLoRA beside what one would do else, on real texts.
 
 Nine ways of training on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the last
 layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the last
-is what `QLoRAClassifier` does by itself. LoRA takes the defaults, and what
-trains layers themselves as large batches, ``num_train_epochs="auto"`` and a tenth of LoRA's rate,
-which is what the rule behind
-``learning_rate="auto"`` was derived from. Each run has a process of its own and is appended to a
-JSON-lines file, from which the next call goes on. Prints a Markdown table for each task, and one
-over all::
+is what `QLoRAClassifier` does by itself. All compute in the same precision but for the frozen
+model, take as large batches and as many epochs. What trains layers themselves has the head's rate
+of the others, and the rate that the rule behind ``learning_rate="auto"`` gives for full
+fine-tuning. Each run has a process of its own and is appended to a JSON-lines file, from which the
+next call goes on. Prints a Markdown table for each task, and one over all::
 
     python bench_methods.py --data folder
     python bench_methods.py --data folder --tasks trec6-100 --methods "QLoRA NF4 + DQ" --seeds 0
@@ -120,20 +119,22 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         from skqlora import QLoRAClassifier
         from skqlora.data import training_batches
+        from skqlora.finetuning import backbone_spec
         from skqlora.recipe import auto_epochs, scaled_learning_rate
 
         torch.manual_seed(self.seed)
-        ours = QLoRAClassifier()
+        ours = QLoRAClassifier(self.model)
+        self.dtype_ = backbone_spec(ours).compute_dtype
         self.classes_, targets = encode(y)
         self._load(len(self.classes_))
         tokens = self._tokenize(X)
         config = self.encoder_.config
-        lora_rate = scaled_learning_rate(config.model_type, config.hidden_size)
+        rate = scaled_learning_rate(config.model_type, config.hidden_size)  # the rule's for LoRA
         trained = [p for p in self.encoder_.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             [
-                {"params": trained, "lr": lora_rate / 10},
-                {"params": list(self.head_.parameters()), "lr": 5 * lora_rate},
+                {"params": trained, "lr": rate / 10},
+                {"params": list(self.head_.parameters()), "lr": 5 * rate},
             ],
             weight_decay=0.0,
         )
@@ -200,7 +201,8 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
     def _logits(self, input_ids, mask):
         input_ids, mask = input_ids.to(self.device_), mask.to(self.device_)
-        hidden = self.encoder_(input_ids=input_ids, attention_mask=mask)[0]
+        with torch.autocast(self.device_, self.dtype_, enabled=self.dtype_ != torch.float32):
+            hidden = self.encoder_(input_ids=input_ids, attention_mask=mask)[0].float()
         return self.head_((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
     def _loss(self, tokens, rows, targets):

@@ -28,14 +28,12 @@ SWEEPS = {
         {"target_modules": r".*(query|value)"},
     ],
     "layers": [{"layers": k} for k in (1, 2, 3, 4, 5, 6)],
-    "epochs": [{"num_train_epochs": n} for n in (3, 5, 10, 20, 40)],
-    "head": [
-        {"init_head_weights": start, "num_train_epochs": n}
-        for start in ("normal", "probe")
-        for n in (5, 20)
+    "epochs": [{"num_train_epochs": n} for n in (3, 5, 10, 20, "auto")],
+    "head": [{"init_head_weights": start} for start in ("normal", "probe")],
+    "rate": [
+        {"learning_rate": 9.15e-4 * factor, "head_learning_rate": 9.15e-3} for factor in RATES
     ],
-    "rate": [{"learning_rate": 1.83e-3 * factor} for factor in RATES],
-    "head rate": [{"head_learning_rate": 1.83e-3 * factor} for factor in (0.5, 1, 2, 5, 10)],
+    "head rate": [{"head_learning_rate": 9.15e-3 * factor} for factor in RATES],
     "dropout": [{"lora_dropout": p} for p in (0.0, 0.05, 0.1, 0.2)],
     "batch": [{"batch_size": n} for n in (8, 16, 32)],
     "alpha": [{"lora_alpha": a} for a in (8, 16, 32)],
