@@ -202,7 +202,7 @@ class QLoRAClassifier(
     over Llama and Qwen models. The half, and the other defaults, are the choice of a sweep over
     small and large tables with one encoder.
 
-    ``num_train_epochs="auto"`` is as many as give 250 updates, but 5 at least and 20 at most,
+    ``num_train_epochs="auto"`` is as many as give 300 updates, but 3 at least and 20 at most,
     were each text one window.
 
     On a CPU, the same seed and number of threads give the same weights bit for bit.
