@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -224,6 +225,31 @@ def test_benchmark_of_calibration_draws_a_picture(encoder, tables):
         assert 0 <= run["before"]["ece"] <= 1
     assert "| trec6-1000 | " in stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_the_hub(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    columns = {
+        "DeepPavlov/clinc150": {"utterance": ["hi", "?", "bye"], "label": [7, None, 3]},
+        "google-research-datasets/go_emotions": {"text": ["wow", "so"], "labels": [[26, 3], [27]]},
+    }
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append(split)
+        return columns[name]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    tasks = load_example("benchmarks/tasks")
+    intents = tasks.load_table("clinc150-1shot", None, seed=0)
+    assert sorted(zip(intents.texts, intents.y.tolist(), strict=True)) == [("bye", 3), ("hi", 7)]
+    emotions = tasks.load_table("goemotions", None, seed=0)
+    assert emotions.multilabel
+    assert emotions.y[emotions.texts.index("wow")].tolist() == [1, 1, 0]
+    assert emotions.valid_y.shape == (2, 3)
+    assert asked == ["train", "test", "validation"] * 2
+    with pytest.raises(SystemExit, match=r"r8 is not on the Hub\. Pass its folder by --data\."):
+        tasks.load_table("r8", None, seed=0)
 
 
 def test_expected_calibration_error_is_that_of_its_definition(monkeypatch):
