@@ -29,19 +29,23 @@ def main():
     add_options(parser, DEFAULT_TASKS, "bench_calibration.jsonl")
     parser.add_argument("--plot", type=Path, help="picture: the reliability diagram")
     options = parser.parse_args()
-    keys = [{"task": task, "seed": seed} for task in options.tasks for seed in options.seeds]
-    run = partial(fit_and_calibrate, resolve_model(options.model), options.data, options.test_rows)
+    keys = [
+        {"task": task, "seed": seed, "test_rows": options.test_rows}
+        for task in options.tasks
+        for seed in options.seeds
+    ]
+    run = partial(fit_and_calibrate, resolve_model(options.model), options.data)
     runs = run_missing(keys, run, options.output)
     print_table(runs, options.tasks)
     if options.plot is not None:
         draw(runs, options.tasks, options.plot)
 
 
-def fit_and_calibrate(model, data, test_rows, key):
+def fit_and_calibrate(model, data, key):
     """Return the figures of the test texts before and after, and how far each bin is off."""
     from skqlora import QLoRAClassifier
 
-    table = load_table(key["task"], data, key["seed"], test_rows)
+    table = load_table(key["task"], data, key["seed"], key["test_rows"])
     texts, held_out, y, held_out_y = train_test_split(
         table.texts, table.y, test_size=0.2, stratify=table.y, random_state=key["seed"]
     )

@@ -227,9 +227,9 @@ def encode(y):
 # One run
 
 
-def fit_and_score(model, data, test_rows, key):
+def fit_and_score(model, data, key):
     """Train in one way and measure."""
-    table = load_table(key["task"], data, key["seed"], test_rows)
+    table = load_table(key["task"], data, key["seed"], key["test_rows"])
     classifier = METHODS[key["method"]](model, table.multilabel, key["seed"])
     start = time.perf_counter()
     classifier.fit(table.texts, table.y)
@@ -386,12 +386,12 @@ def main():
     options = parser.parse_args()
     model = resolve_model(options.model)
     keys = [
-        {"task": task, "method": method, "seed": seed}
+        {"task": task, "method": method, "seed": seed, "test_rows": options.test_rows}
         for task in options.tasks
         for seed in options.seeds
         for method in options.methods
     ]
-    run = partial(fit_and_score, model, options.data, options.test_rows)
+    run = partial(fit_and_score, model, options.data)
     runs = run_missing(keys, run, options.output)
     for task in options.tasks:
         print_task(task, [run for run in runs if run["run"]["task"] == task])

@@ -47,12 +47,12 @@ def main():
     options = parse_arguments()
     settings = SWEEPS[options.sweep] if options.settings is None else options.settings
     keys = [
-        {"task": task, "seed": seed, "settings": setting}
+        {"task": task, "seed": seed, "settings": setting, "test_rows": options.test_rows}
         for seed in options.seeds
         for task in options.tasks
         for setting in settings
     ]
-    run = partial(fit_and_score, options.model, options.data, options.test_rows)
+    run = partial(fit_and_score, options.model, options.data)
     runs = run_missing(keys, run, options.output)
     print_table(runs, settings, options.tasks)
     if options.plot is not None:
@@ -72,11 +72,11 @@ def parse_arguments():
     return options
 
 
-def fit_and_score(model, data, test_rows, key):
+def fit_and_score(model, data, key):
     """Fit with the settings and score on the test texts."""
     from skqlora import QLoRAClassifier
 
-    table = load_table(key["task"], data, key["seed"], test_rows)
+    table = load_table(key["task"], data, key["seed"], key["test_rows"])
     clf = QLoRAClassifier(model, random_state=key["seed"], **key["settings"])
     start = time.perf_counter()
     clf.fit(table.texts, table.y)
