@@ -197,6 +197,15 @@ def test_benchmark_of_methods_resumes(encoder, tables):
     assert trained["head only"] < trained["last 2 layers"] < trained["full fine-tuning"]
     learned = [run for run in runs[8:] if run["run"]["method"] != "head only"]
     assert min(run["accuracy"] for run in learned) > 0.8  # of three classes
+    report = run_benchmark(
+        "bench_methods.py", "--report", "--model", encoder, "--output", output, "--seeds", "0"
+    )
+    assert [line for line in report.splitlines() if line.startswith("###")] == [
+        "### trec6-100, seeds: 1",
+        "### goemotions, seeds: 1",
+        "### Over all",
+    ]
+    assert len(output.read_text().splitlines()) == 11
 
 
 def test_benchmark_of_settings_draws_a_picture(encoder, tables):

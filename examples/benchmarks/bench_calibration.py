@@ -35,7 +35,7 @@ def main():
         for seed in options.seeds
     ]
     run = partial(fit_and_calibrate, resolve_model(options.model), options.data)
-    runs = run_missing(keys, run, options.output)
+    runs = run_missing(keys, None if options.report else run, options.output)
     print_table(runs, options.tasks)
     if options.plot is not None:
         draw(runs, options.tasks, options.plot)

@@ -392,10 +392,11 @@ def main():
         for method in options.methods
     ]
     run = partial(fit_and_score, model, options.data)
-    runs = run_missing(keys, run, options.output)
-    for task in options.tasks:
+    runs = run_missing(keys, None if options.report else run, options.output)
+    tasks = [task for task in options.tasks if any(run["run"]["task"] == task for run in runs)]
+    for task in tasks:
         print_task(task, [run for run in runs if run["run"]["task"] == task])
-    print_overview(runs, options.tasks, model)
+    print_overview(runs, tasks, model)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main():
         for setting in settings
     ]
     run = partial(fit_and_score, options.model, options.data)
-    runs = run_missing(keys, run, options.output)
+    runs = run_missing(keys, None if options.report else run, options.output)
     print_table(runs, settings, options.tasks)
     if options.plot is not None:
         plot(runs, settings, options.tasks, options.plot)
@@ -102,9 +102,14 @@ def print_table(runs, settings, tasks):
     for setting in settings:
         figures = [figures_of(runs, setting, task) for task in tasks]
         seconds = [run["fit_s"] for run in runs if run["run"]["settings"] == setting]
-        cells = [f"{np.mean(f):.1f} ± {np.std(f, ddof=len(f) > 1):.1f}" for f in figures]
+        if not any(map(len, figures)):
+            continue
+        cells = [
+            f"{np.mean(f):.1f} ± {np.std(f, ddof=len(f) > 1):.1f}" if len(f) else ""
+            for f in figures
+        ]
         name = ", ".join(f"{k}={v}" for k, v in setting.items()) or "defaults"
-        mean = np.mean([np.mean(f) for f in figures])
+        mean = np.mean([np.mean(f) for f in figures if len(f)])
         print(f"| {name} | {' | '.join(cells)} | {mean:.1f} | {np.mean(seconds):.0f} |")
 
 

@@ -192,14 +192,14 @@ def in_fresh_process(function, *arguments):
 
 
 def run_missing(keys, run, output):
-    """Run what a JSON-lines file does not hold yet, in fresh processes, and return all runs.
+    """Run what a JSON-lines file does not hold yet, in fresh processes, and return those runs.
 
     Parameters
     ----------
     keys : list of dict
         What tells a run from the others.
-    run : callable
-        Given such a dict; returns a dict of figures.
+    run : callable or None
+        Given such a dict; returns a dict of figures. None runs nothing: what is there is returned.
     output : Path
         Each run is written there when it is over, so that a long table can be made in pieces.
     """
@@ -210,13 +210,14 @@ def run_missing(keys, run, output):
             done[json.dumps(figures["run"], sort_keys=True)] = figures
     for key in keys:
         name = json.dumps(key, sort_keys=True)
-        if name in done:
+        if name in done or run is None:
             continue
         print(name, file=sys.stderr, flush=True)
         done[name] = {"run": key} | in_fresh_process(run, key)
         with output.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
-    return [done[json.dumps(key, sort_keys=True)] for key in keys]
+    names = [json.dumps(key, sort_keys=True) for key in keys]
+    return [done[name] for name in names if name in done]
 
 
 def resolve_model(model):
@@ -243,3 +244,6 @@ def add_options(parser, tasks, output):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--test-rows", type=int, help="of each table, for a shorter run")
     parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: show the runs that --output holds"
+    )
