@@ -186,8 +186,8 @@ def test_benchmark_of_methods_resumes(encoder, tables):
     runs = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(runs) == 8
     assert all(run["trained"] > 0 and run["bytes"] > 0 and run["fit_s"] > 0 for run in runs)
-    assert "### trec6-100, seeds: 1" in stdout
-    assert "QLoRA NF4 + DQ less LoRA: " in stdout
+    assert "### trec6-100" in stdout
+    assert "QLoRA NF4 + DQ minus LoRA: " in stdout
     dense = ["head only", "last 2 layers", "full fine-tuning"]
     run_benchmark("bench_methods.py", *options, "--tasks", "trec6-100", "--methods", *few, *dense)
     runs = [json.loads(line) for line in output.read_text().splitlines()]
@@ -201,11 +201,70 @@ def test_benchmark_of_methods_resumes(encoder, tables):
         "bench_methods.py", "--report", "--model", encoder, "--output", output, "--seeds", "0"
     )
     assert [line for line in report.splitlines() if line.startswith("###")] == [
-        "### trec6-100, seeds: 1",
-        "### goemotions, seeds: 1",
+        "### trec6-100",
+        "### goemotions",
         "### Over all",
     ]
     assert len(output.read_text().splitlines()) == 11
+
+
+def test_ranks_and_differences_of_methods(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    bench = load_example("benchmarks/bench_methods")
+    accuracies = dict.fromkeys(bench.CHEAP, 0.5)
+    accuracies |= {bench.PRODUCT: 0.9, "LoRA": 0.88, "QLoRA NF4": 0.88}
+    runs = [
+        {"run": {"method": method, "task": task, "seed": seed}, "accuracy": accuracy + shift}
+        for method, accuracy in accuracies.items()
+        for task, shift in (("trec6", 0), ("banking77", 0.02 * (method == bench.PRODUCT)))
+        for seed in (0, 1)
+        if (method, task, seed) != ("head only", "banking77", 1)
+    ]
+    scores = bench.primary_scores(runs)
+    tasks = ["trec6", "banking77", "r8"]
+    ranks, ranked = bench.mean_ranks(scores, tasks)
+    assert ranked == ["trec6"]  # a seed is missing on the other
+    assert (ranks[bench.PRODUCT], ranks["LoRA"], ranks["QLoRA NF4"]) == (1, 2.5, 2.5)
+    assert ranks["TF-IDF + LR"] == 5.5
+    bench.print_difference(scores, tasks, "LoRA")
+    # Differences of 2 and 4: standard error 1, and Student's t of 12.71 for two.
+    assert "minus LoRA: +3.00 ± 12.71 percentage points" in capsys.readouterr().out
+
+
+def test_settings_can_be_scored_on_held_out_training_texts(monkeypatch, corpus, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    tasks = load_example("benchmarks/tasks")
+    (tmp_path / "trec6").mkdir()
+    for part in ("train", "test"):
+        with (tmp_path / "trec6" / f"{part}.csv").open("w", newline="") as file:
+            rows = [
+                (f"{text} {part} {i}", y) for i, (text, y) in enumerate(zip(*corpus, strict=True))
+            ]
+            csv.writer(file).writerows([("text", "label"), *rows])
+    monkeypatch.setitem(tasks.TASKS, "few", tasks.Task("trec6", rows=20))
+    table = tasks.held_out("few", tmp_path, seed=0)
+    assert (len(table.texts), len(table.test_texts)) == (20, len(corpus[0]) - 20)
+    assert not set(table.texts) & set(table.test_texts)
+    assert all(" train " in text for text in table.test_texts)
+    everything = tasks.load_table("trec6", tmp_path, seed=0)
+    truth = dict(zip(everything.texts, everything.y, strict=True))
+    assert [truth[text] for text in table.test_texts] == table.test_y.tolist()
+    with pytest.raises(SystemExit, match="trec6 trains on all of its texts"):
+        tasks.held_out("trec6", tmp_path, seed=0)
+
+
+def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    tasks = load_example("benchmarks/tasks")
+    output = tmp_path / "new" / "runs.jsonl"
+    output.parent.mkdir()
+    output.write_text('{"run": {"seed": 0}, "accuracy": 0.5}\n{"run": {"se')
+    monkeypatch.setattr(tasks, "in_fresh_process", lambda run, key: run(key))
+    keys = [{"seed": 0}, {"seed": 1}]
+    assert len(tasks.run_missing(keys, None, output)) == 1
+    runs = tasks.run_missing(keys, lambda key: {"accuracy": float(key["seed"])}, output)
+    assert [run["accuracy"] for run in runs] == [0.5, 1.0]
+    assert tasks.run_missing(keys, None, output) == runs
 
 
 def test_benchmark_of_settings_draws_a_picture(encoder, tables):

@@ -18,10 +18,10 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
-from tasks import add_options, load_table, resolve_model, run_missing
+from tasks import add_options, common_key, load_table, resolve_model, run_missing
 
 N_BINS = 15
-DEFAULT_TASKS = ["trec6-100", "trec6-1000", "banking77-10shot", "r8-1000"]
+DEFAULT_TASKS = ["trec6-1000", "banking77-10shot", "clinc150-10shot"]
 
 
 def main():
@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--plot", type=Path, help="picture: the reliability diagram")
     options = parser.parse_args()
     keys = [
-        {"task": task, "seed": seed, "test_rows": options.test_rows}
+        {"task": task, "seed": seed} | common_key(options)
         for task in options.tasks
         for seed in options.seeds
     ]

@@ -1,13 +1,17 @@
 """
-Does it classify better? QLoRA beside what one would do else, on real texts.
+Does it classify better? QLoRA beside what else one would do, on real texts.
 
-Nine ways of training on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the last
-layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the last
-is what `QLoRAClassifier` does by itself. All compute in the same precision but for the frozen
-model, take as large batches and as many epochs. What trains layers themselves has the head's rate
-of the others, and the rate that the rule behind ``learning_rate="auto"`` gives for full
-fine-tuning. Each run has a process of its own and is appended to a JSON-lines file, from which the
-next call goes on. Prints a Markdown table for each task, and one over all::
+Nine methods are trained on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the
+last layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the
+last is what `QLoRAClassifier` does by itself. Those that train the model's own layers have batches,
+epochs, warm-up and the head's learning rate from `QLoRAClassifier`, and the learning rate that the
+rule behind ``learning_rate="auto"`` gives for full fine-tuning. What they compute in differs: the
+frozen model is float32; the dense methods are float32 under autocast; LoRA's base is stored in the
+compute dtype; and of a 4-bit base on a CPU only the linear layers compute in it. Variants, which
+run only if they are named by ``--methods``, say what that and the untuned rates are worth.
+
+Each run has a process of its own and is appended to a JSON-lines file, from which the next call
+goes on. Prints a Markdown table for each task, and one over all::
 
     python bench_methods.py --data folder
     python bench_methods.py --data folder --tasks trec6-100 --methods "QLoRA NF4 + DQ" --seeds 0
@@ -18,10 +22,13 @@ import math
 import pickle
 import resource
 import time
+from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,17 +36,19 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from tasks import (
     add_options,
+    common_key,
     frozen_embeddings,
     load_table,
-    main_figure,
+    primary_metric,
     resolve_model,
     run_missing,
     score,
 )
 
-LAST_LAYERS = 2  # of what trains the last ones
+LAST_LAYERS = 2  # of the method that trains the last ones
 PRODUCT = "QLoRA NF4 + DQ"
-CHEAP = 0.05  # of the model's parameters: what trains fewer is ranked among its like
+# Those that train under 5% of the model's parameters, or none, are ranked among each other.
+CHEAP = ["TF-IDF + LR", "frozen + LR", "head only", "LoRA", "QLoRA FP4", "QLoRA NF4", PRODUCT]
 DEFAULT_TASKS = [
     "trec6-100",
     "trec6-1000",
@@ -53,7 +62,7 @@ DEFAULT_TASKS = [
 ]
 
 
-# The ways: each takes a model, whether texts have several labels, and a seed
+# The methods: each is made of a model, whether texts have several labels, and a seed
 
 
 def tfidf(model, multilabel, seed):
@@ -62,19 +71,19 @@ def tfidf(model, multilabel, seed):
     return make_pipeline(vectorizer, logistic_regression(multilabel))
 
 
-def frozen(model, multilabel, seed):
+def frozen(model, multilabel, seed, *, C=10):
     """Make logistic regression on the mean of the model's last hidden states."""
-    return make_pipeline(frozen_embeddings(model), logistic_regression(multilabel))
+    return make_pipeline(frozen_embeddings(model), logistic_regression(multilabel, C))
 
 
-def logistic_regression(multilabel):
-    regression = LogisticRegression(C=10, max_iter=1000)
+def logistic_regression(multilabel, C=10):
+    regression = LogisticRegression(C=C, max_iter=1000)
     return OneVsRestClassifier(regression) if multilabel else regression
 
 
-def dense(model, multilabel, seed, *, layers):
+def dense(model, multilabel, seed, *, layers, rate_factor=1):
     """Make the model itself trainable: its last layers, or all ("all"), under a linear head."""
-    return DenseClassifier(model, layers, seed)
+    return DenseClassifier(model, layers, seed, rate_factor)
 
 
 def lora(model, multilabel, seed, **params):
@@ -95,6 +104,13 @@ METHODS = {
     "QLoRA NF4": partial(lora, double_quant=False),
     PRODUCT: lora,
 }
+VARIANTS = {
+    "frozen + LR, C=1": partial(frozen, C=1),
+    "frozen + LR, C=100": partial(frozen, C=100),
+    "full fine-tuning, half the rate": partial(dense, layers="all", rate_factor=0.5),
+    "full fine-tuning, twice the rate": partial(dense, layers="all", rate_factor=2),
+    "LoRA in float32": partial(lora, quantization=None, compute_dtype="float32"),
+}
 
 
 class DenseClassifier(ClassifierMixin, BaseEstimator):
@@ -106,12 +122,15 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
     layers : int or "all"
         How many at the end are trained beside the head; "all" trains the embeddings too.
     seed : int
+    rate_factor : float
+        Of the layers' learning rate over the rule's.
     """
 
-    def __init__(self, model, layers, seed):
+    def __init__(self, model, layers, seed, rate_factor):
         self.model = model
         self.layers = layers
         self.seed = seed
+        self.rate_factor = rate_factor
 
     def fit(self, X, y):
         """Train in batches as large as `QLoRAClassifier` has, for its "auto" epochs."""
@@ -119,35 +138,40 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         from skqlora import QLoRAClassifier
         from skqlora.data import training_batches
-        from skqlora.finetuning import backbone_spec
+        from skqlora.finetuning import backbone_spec, training_settings
         from skqlora.recipe import auto_epochs, scaled_learning_rate
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier(self.model)
         self.dtype_ = backbone_spec(ours).compute_dtype
+        self.multilabel_ = y.ndim == 2
         self.classes_, targets = encode(y)
         self._load(len(self.classes_))
         tokens = self._tokenize(X)
-        config = self.encoder_.config
-        rate = scaled_learning_rate(config.model_type, config.hidden_size)  # the rule's for LoRA
+        family, width = self.encoder_.config.model_type, self.encoder_.config.hidden_size
+        n_epochs = auto_epochs(len(X), ours.batch_size)
+        settings = training_settings(ours, family, width, n_epochs)
+        rate = self.rate_factor * scaled_learning_rate(family, width) / 10  # full fine-tuning's
         trained = [p for p in self.encoder_.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             [
-                {"params": trained, "lr": rate / 10},
-                {"params": list(self.head_.parameters()), "lr": 5 * rate},
+                {"params": trained, "lr": rate},
+                {"params": list(self.head_.parameters()), "lr": settings.head_learning_rate},
             ],
-            weight_decay=0.0,
+            weight_decay=settings.weight_decay,
         )
+        parameters = [*trained, *self.head_.parameters()]
         rng = np.random.RandomState(self.seed)
-        n_epochs = auto_epochs(len(X), ours.batch_size)
         n_steps = n_epochs * math.ceil(len(X) / ours.batch_size)
-        scheduler = get_scheduler("linear", optimizer, math.ceil(0.1 * n_steps), n_steps)
+        n_warmup = math.ceil(settings.warmup_steps * n_steps)
+        scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, n_warmup, n_steps)
         for _ in range(n_epochs):
-            self.encoder_.train(self.layers != 0)
+            for module in self.trained_modules_:  # the others' dropout stays off
+                module.train()
             for rows in training_batches(tokens.lengths, ours.batch_size, rng):
                 loss = self._loss(tokens, rows, targets)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_([*trained, *self.head_.parameters()], 1.0)
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -183,21 +207,26 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         self.head_ = torch.nn.Linear(self.encoder_.config.hidden_size, n_classes).to(self.device_)
         torch.nn.init.normal_(self.head_.weight, std=0.02)
         torch.nn.init.zeros_(self.head_.bias)
+        self.trained_modules_ = [self.encoder_]
         if self.layers == "all":
             return
         self.encoder_.requires_grad_(False)
         stack = max(
             (m for m in self.encoder_.modules() if isinstance(m, torch.nn.ModuleList)), key=len
         )
-        for layer in stack[len(stack) - self.layers :]:
+        self.trained_modules_ = stack[len(stack) - self.layers :]
+        for layer in self.trained_modules_:
             layer.requires_grad_(True)
 
     def _tokenize(self, X):
         from skqlora.adapter import TextSettings
+        from skqlora.recipe import AUTO_MAX_LENGTH
         from skqlora.tokenization import load_tokenizer
 
         n_tokens = self.encoder_.get_input_embeddings().num_embeddings
-        return load_tokenizer(self.model).tokenize(list(X), TextSettings(512), n_tokens)[0]
+        return load_tokenizer(self.model).tokenize(
+            list(X), TextSettings(AUTO_MAX_LENGTH), n_tokens
+        )[0]
 
     def _logits(self, input_ids, mask):
         input_ids, mask = input_ids.to(self.device_), mask.to(self.device_)
@@ -213,11 +242,6 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
             return loss(logits, wanted.float())
         return torch.nn.functional.cross_entropy(logits, wanted)
 
-    @property
-    def multilabel_(self):
-        """Whether a text has any number of labels: then classes are numbers of columns."""
-        return self.classes_.dtype.kind == "i"
-
 
 def encode(y):
     """Return classes and class numbers; for an indicator its columns' numbers and itself."""
@@ -228,9 +252,10 @@ def encode(y):
 
 
 def fit_and_score(model, data, key):
-    """Train in one way and measure."""
+    """Train with one method and measure."""
     table = load_table(key["task"], data, key["seed"], key["test_rows"])
-    classifier = METHODS[key["method"]](model, table.multilabel, key["seed"])
+    method = (METHODS | VARIANTS)[key["method"]]
+    classifier = method(model, table.multilabel, key["seed"])
     start = time.perf_counter()
     classifier.fit(table.texts, table.y)
     fit_s = time.perf_counter() - start
@@ -244,22 +269,26 @@ def fit_and_score(model, data, key):
 
 
 def size_of(classifier):
-    """Return how many numbers were learned, and how many bytes what must be kept of them takes."""
+    """Return how many numbers were learned, and how many bytes what must be kept takes, pickled."""
     if hasattr(classifier, "footprint_"):
         return classifier.footprint_.trainable_parameters, len(pickle.dumps(classifier))
     if hasattr(classifier, "trained"):
         arrays = classifier.trained()
-        return sum(a.size for a in arrays), sum(a.nbytes for a in arrays)
+        return sum(a.size for a in arrays), len(pickle.dumps((classifier.classes_, arrays)))
     last = classifier[-1]
-    regressions = getattr(last, "estimators_", [last])
+    regressions = [r for r in getattr(last, "estimators_", [last]) if hasattr(r, "coef_")]
     n_trained = sum(r.coef_.size + r.intercept_.size for r in regressions)
     return n_trained, len(pickle.dumps(classifier))
 
 
 def peak_megabytes():
-    """Return the most memory that the process, or the GPU, had in use."""
+    """Return the most memory that the process, or torch on the GPU, had in use."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says there includes the parent's, of before this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
@@ -267,20 +296,19 @@ def peak_megabytes():
 
 
 def print_task(task, runs):
-    """Print a table of one task's runs: means over seeds, and the score's deviation."""
-    figure = main_figure(task)
-    n_seeds = len({run["run"]["seed"] for run in runs})
-    print(f"\n### {task}, seeds: {n_seeds}\n")
-    print("| method | accuracy, % | macro-F1, % | fit, s | trained | saved, MB | peak, MB |")
-    print("|---" * 7 + "|")
-    for method in METHODS:
-        mine = [run for run in runs if run["run"]["method"] == method]
-        if not mine:
-            continue
+    """Print a table of one task's runs: means over seeds, and the deviation of the scores."""
+    metric = primary_metric(task)
+    print(f"\n### {task}\n")
+    print(
+        "| method | seeds | accuracy, % | macro-F1, % | fit, s | trained | saved, MB | peak, MB |"
+    )
+    print("|---" * 8 + "|")
+    for method, mine in by(runs, "method").items():
         values = {name: np.array([run[name] for run in mine]) for name in mine[0] if name != "run"}
         cells = [
-            with_deviation(values["accuracy"], bold=figure == "accuracy"),
-            with_deviation(values["macro_f1"], bold=figure == "macro_f1"),
+            str(len(mine)),
+            with_deviation(values["accuracy"], bold=metric == "accuracy"),
+            with_deviation(values["macro_f1"], bold=metric == "macro_f1"),
             f"{values['fit_s'].mean():.1f}",
             f"{values['trained'].mean():,.0f}",
             f"{values['bytes'].mean() / 1e6:.1f}",
@@ -289,114 +317,110 @@ def print_task(task, runs):
         print(f"| {method} | {' | '.join(cells)} |")
 
 
+def by(runs, name):
+    """Group runs by what one entry of their keys is."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["run"][name]].append(run)
+    return groups
+
+
 def with_deviation(values, bold):
-    text = f"{100 * values.mean():.1f} ± {100 * values.std(ddof=len(values) > 1):.1f}"
+    text = f"{100 * values.mean():.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * values.std(ddof=1):.1f}"
     return f"**{text}**" if bold else text
 
 
-def print_overview(runs, tasks, model):
-    """Print what counts of each task, with ranks among what trains little, and the gap of 4 bits.
-
-    Ranked are the tasks where all of those ways were run.
-    """
+def print_overview(runs):
+    """Print the primary metric of each task, and ranks among the methods that train little."""
+    scores = primary_scores(runs)
+    tasks = by(runs, "task")
     means = {
-        (run["run"]["method"], run["run"]["task"]): np.mean(
-            [r[main_figure(r["run"]["task"])] for r in runs if same_cell(r, run)]
-        )
-        for run in runs
-    }
-    n_parameters = count_parameters(model)
-    cheap = [
-        method
-        for method in METHODS
-        if 0
-        < max((r["trained"] for r in runs if is_cheap_kind(r, method)), default=0)
-        < CHEAP * n_parameters
-    ]
-    ranked = [task for task in tasks if all((method, task) in means for method in cheap)]
-    ranks = {
-        method: np.mean(
-            [
-                1 + sum(means[other, task] > means[method, task] for other in cheap)
-                for task in ranked
-            ]
-        )
-        for method in cheap
-        if ranked
+        (method, task): np.mean(list(of_seeds.values()))
+        for (method, task), of_seeds in scores.items()
     }
     print("\n### Over all\n")
+    ranks, ranked = mean_ranks(scores, tasks)
     print(f"| method | {' | '.join(tasks)} | mean rank |")
     print("|---" * (len(tasks) + 2) + "|")
-    for method in METHODS:
+    for method in by(runs, "method"):
         cells = [
             f"{100 * means[method, task]:.1f}" if (method, task) in means else "" for task in tasks
         ]
         rank = f"{ranks[method]:.1f}" if method in ranks else ""
         print(f"| {method} | {' | '.join(cells)} | {rank} |")
+    if ranked:
+        print(f"\nMean rank of {len(CHEAP)} methods over {', '.join(ranked)}; ties share a rank.")
+    for other in ("LoRA", "LoRA in float32", "full fine-tuning", "frozen + LR"):
+        print_difference(scores, tasks, other)
+
+
+def primary_scores(runs):
+    """Return the primary metric by method and task, and there by seed."""
+    scores = defaultdict(dict)
+    for run in runs:
+        method, task, seed = (run["run"][name] for name in ("method", "task", "seed"))
+        scores[method, task][seed] = run[primary_metric(task)]
+    return scores
+
+
+def mean_ranks(scores, tasks):
+    """Rank what trains little on each task where all of it was run with the same seeds."""
+    ranked, ranks = [], []
+    for task in tasks:
+        seeds = {tuple(sorted(scores.get((method, task), ()))) for method in CHEAP}
+        if len(seeds) == 1 and seeds != {()}:
+            means = [np.mean(list(scores[method, task].values())) for method in CHEAP]
+            ranked.append(task)
+            ranks.append(stats.rankdata([-mean for mean in means]))
+    return dict(zip(CHEAP, np.mean(ranks, axis=0), strict=True)) if ranks else {}, ranked
+
+
+def print_difference(scores, tasks, other):
+    """Print by how much the default is above another method, by task and over tasks.
+
+    Runs of the same seed are paired. The interval is over the tasks' means: seeds of a task share
+    its test texts, so that they are no independent witnesses.
+    """
+    means = {}
+    for task in tasks:
+        ours, theirs = scores.get((PRODUCT, task), {}), scores.get((other, task), {})
+        differences = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+        if differences:
+            means[task] = np.mean(differences)
+    if not means:
+        return
+    values = list(means.values())
+    text = f"{np.mean(values):+.2f}"
+    if len(values) > 1:
+        text += f" ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
+    listed = ", ".join(f"{task} {mean:+.1f}" for task, mean in means.items())
     print(
-        f"\nMean rank among the ways that train under {CHEAP:.0%} of the model's parameters, over "
-        f"{len(ranked)} tasks."
+        f"\n{PRODUCT} minus {other}: {text} percentage points (mean over {len(values)} tasks and "
+        f"its 95% interval; {listed})."
     )
-    print_gap(runs)
-
-
-def same_cell(run, other):
-    return all(run["run"][name] == other["run"][name] for name in ("method", "task"))
-
-
-def is_cheap_kind(run, method):
-    return run["run"]["method"] == method
-
-
-def count_parameters(model):
-    from transformers import AutoConfig, AutoModel
-
-    with torch.device("meta"):
-        skeleton = AutoModel.from_config(AutoConfig.from_pretrained(model))
-    return sum(p.numel() for p in skeleton.parameters())
-
-
-def print_gap(runs):
-    """Print what 4 bits cost: the mean of paired differences, and its 95% interval."""
-    scores = {
-        tuple(run["run"][name] for name in ("method", "task", "seed")): run[
-            main_figure(run["run"]["task"])
-        ]
-        for run in runs
-    }
-    gaps = [
-        100 * (scores[PRODUCT, task, seed] - value)
-        for (method, task, seed), value in scores.items()
-        if method == "LoRA" and (PRODUCT, task, seed) in scores
-    ]
-    if len(gaps) > 1:
-        from scipy import stats
-
-        half = stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
-        print(
-            f"\n{PRODUCT} less LoRA: {np.mean(gaps):+.2f} ± {half:.2f} points (95% interval of "
-            f"{len(gaps)} pairs of runs)."
-        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_options(parser, DEFAULT_TASKS, "bench_methods.jsonl")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS | VARIANTS, help="default: all but variants"
+    )
     options = parser.parse_args()
-    model = resolve_model(options.model)
+    methods = options.methods or (METHODS | VARIANTS if options.report else METHODS)
     keys = [
-        {"task": task, "method": method, "seed": seed, "test_rows": options.test_rows}
+        {"task": task, "method": method, "seed": seed} | common_key(options)
         for task in options.tasks
         for seed in options.seeds
-        for method in options.methods
+        for method in methods
     ]
-    run = partial(fit_and_score, model, options.data)
+    run = partial(fit_and_score, resolve_model(options.model), options.data)
     runs = run_missing(keys, None if options.report else run, options.output)
-    tasks = [task for task in options.tasks if any(run["run"]["task"] == task for run in runs)]
-    for task in tasks:
-        print_task(task, [run for run in runs if run["run"]["task"] == task])
-    print_overview(runs, tasks, model)
+    for task, of_task in by(runs, "task").items():
+        print_task(task, of_task)
+    print_overview(runs)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@ How the settings of QLoRAClassifier change what it reaches: the sweeps behind it
 
 Each sweep is a list of parameters, each tried on every task with every seed, in a fresh process.
 Prints a Markdown table, appends each run to a JSON-lines file from which the next call goes on, and
-draws a picture where the parameter is a number::
+draws a picture of a sweep over one parameter. ``--held-out`` scores on texts of ``train.csv`` that
+are not trained on, and so leaves the test file untouched::
 
-    python bench_settings.py --data folder --sweep rank
+    python bench_settings.py --data folder --sweep defaults --held-out
+    python bench_settings.py --data folder --sweep rank --plot rank.png
     python bench_settings.py --data folder --tasks trec6-100 --try '{"lora_r": 2}' '{"lora_r": 64}'
 """
 
@@ -16,10 +18,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tasks import add_options, load_table, main_figure, resolve_model, run_missing, score
+from tasks import (
+    add_options,
+    common_key,
+    held_out,
+    load_table,
+    primary_metric,
+    resolve_model,
+    run_missing,
+    score,
+)
+
+from skqlora.recipe import HEAD_RATE_FACTOR, auto_learning_rate
 
 # The defaults with MiniLM, and what differs from them in one thing each.
-RATE, HEAD_RATE = 9.07e-4, 9.07e-3
+RATE = auto_learning_rate("bert", 384)
+HEAD_RATE = HEAD_RATE_FACTOR * RATE
 SWEEPS = {
     "defaults": [
         {},
@@ -29,13 +43,14 @@ SWEEPS = {
         {"head_learning_rate": HEAD_RATE * 2},
         {"num_train_epochs": 5},
         {"num_train_epochs": 10},
+        {"num_train_epochs": 40},
         {"init_head_weights": "probe"},
         {"lora_alpha": 8},
         {"lora_alpha": 32},
         {"lora_dropout": 0.0},
         {"lora_dropout": 0.2},
-        {"batch_size": 8},
-        {"batch_size": 32},
+        {"batch_size": 8, "num_train_epochs": 20},
+        {"batch_size": 32, "num_train_epochs": 20},
         {"warmup_steps": 0.0},
         {"warmup_steps": 0.3},
         {"pooling": "cls"},
@@ -56,12 +71,13 @@ def main():
     options = parse_arguments()
     settings = SWEEPS[options.sweep] if options.settings is None else options.settings
     keys = [
-        {"task": task, "seed": seed, "settings": setting, "test_rows": options.test_rows}
+        {"task": task, "seed": seed, "settings": setting, "held_out": options.held_out}
+        | common_key(options)
         for seed in options.seeds
         for task in options.tasks
         for setting in settings
     ]
-    run = partial(fit_and_score, options.model, options.data)
+    run = partial(fit_and_score, resolve_model(options.model), options.data)
     runs = run_missing(keys, None if options.report else run, options.output)
     print_table(runs, settings, options.tasks)
     if options.plot is not None:
@@ -76,16 +92,18 @@ def parse_arguments():
         "--try", nargs="+", type=json.loads, dest="settings", help="parameters, each as JSON"
     )
     parser.add_argument("--plot", type=Path, help="picture, for a parameter that is a number")
-    options = parser.parse_args()
-    options.model = resolve_model(options.model)
-    return options
+    parser.add_argument(
+        "--held-out", action="store_true", help="score on training texts that are not trained on"
+    )
+    return parser.parse_args()
 
 
 def fit_and_score(model, data, key):
-    """Fit with the settings and score on the test texts."""
+    """Fit with the settings and score."""
     from skqlora import QLoRAClassifier
 
-    table = load_table(key["task"], data, key["seed"], key["test_rows"])
+    load = held_out if key["held_out"] else load_table
+    table = load(key["task"], data, key["seed"], key["test_rows"])
     clf = QLoRAClassifier(model, random_state=key["seed"], **key["settings"])
     start = time.perf_counter()
     clf.fit(table.texts, table.y)
@@ -97,7 +115,7 @@ def figures_of(runs, setting, task):
     """Collect what the seeds of one setting reached on one task, in percent."""
     return 100 * np.array(
         [
-            run[main_figure(task)]
+            run[primary_metric(task)]
             for run in runs
             if run["run"]["settings"] == setting and run["run"]["task"] == task
         ]
@@ -105,21 +123,29 @@ def figures_of(runs, setting, task):
 
 
 def print_table(runs, settings, tasks):
-    """Print mean and deviation for each setting and task, and the mean over tasks."""
+    """Print mean and deviation (and number of seeds) by setting and task, and means over tasks."""
     print(f"| settings | {' | '.join(tasks)} | mean | fit, s |")
     print("|---" * (len(tasks) + 3) + "|")
     for setting in settings:
         figures = [figures_of(runs, setting, task) for task in tasks]
         seconds = [run["fit_s"] for run in runs if run["run"]["settings"] == setting]
-        if not any(map(len, figures)):
+        if not seconds:
             continue
-        cells = [
-            f"{np.mean(f):.1f} ± {np.std(f, ddof=len(f) > 1):.1f}" if len(f) else ""
-            for f in figures
-        ]
-        name = ", ".join(f"{k}={v}" for k, v in setting.items()) or "defaults"
-        mean = np.mean([np.mean(f) for f in figures if len(f)])
-        print(f"| {name} | {' | '.join(cells)} | {mean:.1f} | {np.mean(seconds):.0f} |")
+        mean = f"{np.mean([np.mean(f) for f in figures]):.1f}" if all(map(len, figures)) else ""
+        name = ", ".join(f"{k}={shorten(v)}" for k, v in setting.items()) or "defaults"
+        cells = " | ".join(map(cell, figures))
+        print(f"| {name} | {cells} | {mean} | {np.mean(seconds):.0f} |")
+
+
+def shorten(value):
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def cell(figures):
+    if not len(figures):
+        return ""
+    deviation = f" ± {np.std(figures, ddof=1):.1f} ({len(figures)})" if len(figures) > 1 else ""
+    return f"{np.mean(figures):.1f}{deviation}"
 
 
 def plot(runs, settings, tasks, path):
@@ -129,6 +155,8 @@ def plot(runs, settings, tasks, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if any(list(setting) != list(settings[0]) or len(setting) != 1 for setting in settings):
+        raise SystemExit("A picture is of settings of one and the same parameter.")
     name = next(iter(settings[0]))
     values = [setting[name] for setting in settings]
     numeric = all(isinstance(value, (int, float)) for value in values)

@@ -11,7 +11,8 @@ import importlib
 import json
 import multiprocessing
 import sys
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ TASKS = {
     "clinc150-1shot": Task("clinc150", rows_per_class=1),
     "clinc150-3shot": Task("clinc150", rows_per_class=3),
     "clinc150-10shot": Task("clinc150", part="train_10shot"),
+    "clinc150": Task("clinc150"),
     "r8-100": Task("r8", rows=100),
     "r8-1000": Task("r8", rows=1000),
     "r8": Task("r8"),
@@ -105,6 +107,22 @@ def load_table(name, data, seed, max_test_rows=None):
     )
 
 
+def held_out(name, data, seed, max_rows=None):
+    """Return the `Table` of a task with texts of ``train.csv`` in the place of the test texts.
+
+    What is chosen on them leaves the test file untouched. None of them is trained on.
+    """
+    table = load_table(name, data, seed)
+    everything = load_table(TASKS[name].table, data, seed=0)
+    trained = set(table.texts)
+    rows = [row for row, text in enumerate(everything.texts) if text not in trained][:max_rows]
+    if not rows:
+        raise SystemExit(f"{name} trains on all of its texts, so that none can be held out.")
+    return replace(
+        table, test_texts=[everything.texts[row] for row in rows], test_y=everything.y[rows]
+    )
+
+
 def choose_rows(labels, task, rng):
     """Draw rows; few of a table with classes hold one of each."""
     order = rng.permutation(len(labels))
@@ -160,7 +178,7 @@ def score(table, predict_proba, classes):
     Returns
     -------
     figures : dict of str to float
-        "accuracy" (of all labels of a text) and "macro_f1".
+        "accuracy" (of several labels: the share of texts with all of them right) and "macro_f1".
     """
     proba = predict_proba(table.test_texts)
     if table.multilabel:
@@ -180,15 +198,16 @@ def best_threshold(proba, y):
     return thresholds[int(np.argmax(scores))]
 
 
-def main_figure(task):
-    """Name the figure that counts: macro-F1 for several labels a text, else accuracy."""
+def primary_metric(task):
+    """Name the metric that counts: macro-F1 for several labels a text, else accuracy."""
     return "macro_f1" if TASKS[task].table == "goemotions" else "accuracy"
 
 
 def in_fresh_process(function, *arguments):
     """Call a function in a new process, whose peak memory is then its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 def run_missing(keys, run, output):
@@ -203,26 +222,40 @@ def run_missing(keys, run, output):
     output : Path
         Each run is written there when it is over, so that a long table can be made in pieces.
     """
-    done = {}
-    if output.exists():
-        for line in output.read_text().splitlines():
-            figures = json.loads(line)
-            done[json.dumps(figures["run"], sort_keys=True)] = figures
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = {canonical(each["run"]): each for each in read_runs(output)}
     for key in keys:
-        name = json.dumps(key, sort_keys=True)
+        name = canonical(key)
         if name in done or run is None:
             continue
         print(name, file=sys.stderr, flush=True)
         done[name] = {"run": key} | in_fresh_process(run, key)
         with output.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
-    names = [json.dumps(key, sort_keys=True) for key in keys]
+    names = map(canonical, keys)
     return [done[name] for name in names if name in done]
+
+
+def read_runs(output):
+    """Read the runs of an earlier call, but for a line that a kill cut off."""
+    lines = output.read_text().split("\n") if output.exists() else [""]
+    if lines[-1]:
+        output.write_text("".join(line + "\n" for line in lines[:-1]))
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def canonical(key):
+    return json.dumps(key, sort_keys=True)
 
 
 def resolve_model(model):
     """Return the model that was asked for, or the folder of the embedded MiniLM."""
     return quickstart().minilm_folder() if model is None else model
+
+
+def common_key(options):
+    """Return what tells the runs of two calls apart beside task, seed and method."""
+    return {"model": options.model, "test_rows": options.test_rows}
 
 
 def frozen_embeddings(model):
@@ -238,7 +271,11 @@ def quickstart():
 
 def add_options(parser, tasks, output):
     """Add the options that all of these benchmarks have."""
-    parser.add_argument("--data", type=Path, help="folder of folders of tables (default: the Hub)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help=f"folder of folders of tables (default: the Hub, which has {', '.join(ON_THE_HUB)})",
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks)
     parser.add_argument("--model", help="folder or Hub id (default: the embedded MiniLM)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
