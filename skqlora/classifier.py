@@ -199,8 +199,7 @@ class QLoRAClassifier(
 
     ``learning_rate="auto"`` is half of ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for
     Qwen and 0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025)
-    over Llama and Qwen models. The half, and the other defaults, are the choice of a sweep over
-    small and large tables with one encoder.
+    over Llama and Qwen models. The half was chosen by a sweep with one small encoder.
 
     ``num_train_epochs="auto"`` is as many as give 300 updates, but 3 at least and 20 at most,
     were each text one window.
