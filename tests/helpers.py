@@ -32,6 +32,7 @@ def make_classifier(model, /, **params):
             "lora_r": 4,
             "num_train_epochs": 3,
             "learning_rate": 5e-3,
+            "head_learning_rate": 2.5e-2,
             "random_state": 0,
             "compute_dtype": "float32",
             "device": "cpu",

@@ -338,9 +338,10 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
     assert clf.adapter_.text.max_length == 9
+    clf.set_params(head_learning_rate="auto")
     settings = training_settings(clf, "bert", 64, 1, checkpointing=clf.gradient_checkpointing)
     assert {name: getattr(settings, name) for name in recipe} == recipe
-    assert settings.head_learning_rate == 5 * settings.learning_rate
+    assert settings.head_learning_rate == 10 * settings.learning_rate
 
 
 @pytest.mark.parametrize("pooling", ["cls", "pooler", "last", "mean"])
