@@ -34,6 +34,13 @@ from skqlora.recipe import HEAD_RATE_FACTOR, auto_learning_rate
 # The defaults with MiniLM, and what differs from them in one thing each.
 RATE = auto_learning_rate("bert", 384)
 HEAD_RATE = HEAD_RATE_FACTOR * RATE
+# Layers of a BERT that get adapters, and what to call them.
+MODULES = {
+    "all-linear": "all linear",
+    r".*attention.*(query|key|value|dense)": "attention",
+    r".*layer\.\d+\.(intermediate|output)\.dense": "MLP",
+    r".*(query|value)": "query and value",
+}
 SWEEPS = {
     "defaults": [
         {},
@@ -56,12 +63,7 @@ SWEEPS = {
         {"pooling": "cls"},
     ],
     "rank": [{"lora_r": r} for r in (1, 2, 4, 8, 16, 32, 64)],
-    "modules": [
-        {"target_modules": "all-linear"},
-        {"target_modules": r".*attention.*(query|key|value|dense)"},
-        {"target_modules": r".*layer\.\d+\.(intermediate|output)\.dense"},
-        {"target_modules": r".*(query|value)"},
-    ],
+    "modules": [{"target_modules": modules} for modules in MODULES],
     "layers": [{"layers": k} for k in (1, 2, 3, 4, 5, 6)],
 }
 CHOSEN_ON = ["trec6-100", "trec6-1000", "banking77-3shot", "banking77-10shot"]
@@ -138,7 +140,7 @@ def print_table(runs, settings, tasks):
 
 
 def shorten(value):
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
+    return f"{value:.2g}" if isinstance(value, float) else MODULES.get(str(value), str(value))
 
 
 def cell(figures):
@@ -173,7 +175,7 @@ def plot(runs, settings, tasks, path):
         )
     if numeric and max(values) > 8 * min(values) > 0:
         axes.set_xscale("log", base=2)
-    axes.set_xticks(values if numeric else range(len(values)), [str(value) for value in values])
+    axes.set_xticks(values if numeric else range(len(values)), list(map(shorten, values)))
     axes.set(xlabel=name, ylabel="accuracy, %" if "goemotions" not in tasks else "score, %")
     axes.legend()
     figure.savefig(path, dpi=120)
