@@ -6,7 +6,7 @@ AUTO_MAX_LENGTH = 512  # tokens
 RATE_FACTOR = 0.5  # of LoRA's learning rate over the rule below
 HEAD_RATE_FACTOR = 10.0  # of the head's learning rate over LoRA's
 AUTO_UPDATES = 300  # that a training should have, as far as the bounds of its epochs allow
-AUTO_EPOCHS = 3, 10
+AUTO_EPOCHS = 3, 20
 
 
 def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
