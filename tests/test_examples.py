@@ -12,7 +12,6 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -153,14 +152,14 @@ def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
 
 
 @pytest.fixture
-def tables(tmp_path):
+def tables(corpus, tmp_path):
     """A folder with a table of one label a text, and one of several."""
-    for part, n_rows in {"train": 96, "test": 48, "valid": 48}.items():
-        texts, labels = tiny.corpus(n_rows)
-        several = ["|".join(sorted({a, b})) for a, b in zip(labels, labels[::-1], strict=True)]
-        columns = {"trec6": ("label", labels), "goemotions": ("labels", several)}
-        for table, (name, column) in columns.items():
-            (tmp_path / table).mkdir(exist_ok=True)
+    texts, labels = corpus
+    several = ["|".join(sorted({a, b})) for a, b in zip(labels, labels[::-1], strict=True)]
+    columns = {"trec6": ("label", labels), "goemotions": ("labels", several)}
+    for table, (name, column) in columns.items():
+        (tmp_path / table).mkdir()
+        for part in ("train", "test", "valid"):
             with (tmp_path / table / f"{part}.csv").open("w", newline="") as file:
                 rows = zip(texts, column, strict=True)
                 csv.writer(file).writerows([("text", name), *rows])
