@@ -170,6 +170,7 @@ def plot(runs, settings, tasks, path):
             [np.mean(f) for f in figures],
             yerr=[np.std(f, ddof=len(f) > 1) for f in figures],
             marker="o",
+            linestyle="-" if numeric else "none",
             capsize=3,
             label=task,
         )
