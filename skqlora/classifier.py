@@ -201,8 +201,8 @@ class QLoRAClassifier(
     Qwen and 0.781 for other models, the fit of "LoRA Without Regret" (Thinking Machines Lab, 2025)
     over Llama and Qwen models. The half was chosen by a sweep with one small encoder.
 
-    ``num_train_epochs="auto"`` is as many as give 300 updates, but 3 at least and 20 at most,
-    were each text one window.
+    ``num_train_epochs="auto"`` is as many as give 300 updates, but at least 3 and at most 20; a
+    text counts once, however many windows it has.
 
     On a CPU, the same seed and number of threads give the same weights bit for bit.
 
