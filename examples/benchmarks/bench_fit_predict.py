@@ -163,13 +163,13 @@ def run_peer(model, work, table, seed):
 
     from skqlora import QLoRAClassifier
     from skqlora.finetuning import backbone_spec
-    from skqlora.recipe import scaled_learning_rate
+    from skqlora.recipe import auto_learning_rate
 
     transformers.logging.set_verbosity_error()
     texts, labels, test_texts, test_labels = table
     config = AutoConfig.from_pretrained(model)
     ours = QLoRAClassifier(model)
-    rate = scaled_learning_rate(config.model_type, config.hidden_size)
+    rate = auto_learning_rate(config.model_type, config.hidden_size)
     dtype = backbone_spec(ours).compute_dtype
     classes = sorted(set(labels))
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -93,7 +93,7 @@ def parse_arguments():
     parser.add_argument(
         "--try", nargs="+", type=json.loads, dest="settings", help="parameters, each as JSON"
     )
-    parser.add_argument("--plot", type=Path, help="picture, for a parameter that is a number")
+    parser.add_argument("--plot", type=Path, help="picture, of a sweep over one parameter")
     parser.add_argument(
         "--held-out", action="store_true", help="score on training texts that are not trained on"
     )
