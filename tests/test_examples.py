@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture
+def examples(monkeypatch):
+    """Let the examples find what they share."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
 def load_example(name):
     """Import an example by its file name."""
     spec = importlib.util.spec_from_file_location("example", EXAMPLES / f"{name}.py")
@@ -24,6 +31,7 @@ def load_example(name):
     return module
 
 
+@pytest.mark.usefixtures("examples")
 def test_quick_start_on_a_table_and_a_model_of_ones_own(
     tmp_path, encoder, corpus, monkeypatch, capsys
 ):
@@ -41,7 +49,7 @@ def test_quick_start_on_a_table_and_a_model_of_ones_own(
 
 
 def test_docstrings_do_not_name_their_function():
-    example = load_example("01_quickstart")
+    example = load_example("demo")
     texts, areas = example.load_docstrings()
     assert len(texts) == len(areas) > 600
     assert set(areas) == set(example.AREAS)
@@ -52,10 +60,27 @@ def test_docstrings_do_not_name_their_function():
     assert text == "Run of on data."
 
 
-@pytest.fixture
-def examples(monkeypatch):
-    """Let the examples find the quick start, whose texts they share."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("05_pipeline_and_search", "the base was loaded 1 time(s)"),
+        ("06_imbalanced", "the tuned threshold is 0."),
+        ("07_few_texts", "SciPy or scikit-learn   48 texts  QLoRAClassifier"),
+        ("08_multilabel", "macro-F1 with a threshold of 0.5: 0."),
+        ("09_calibration", "after   accuracy 0."),
+        ("10_three_tasks_one_base", "the base was loaded 1 time(s)"),
+        ("11_explain", "Predicted: "),
+    ],
+)
+def test_gallery(name, printed):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"SKQLORA_EXAMPLES_QUICK": "1", "MPLBACKEND": "Agg"},
+    )
+    assert printed in result.stdout
 
 
 @pytest.mark.usefixtures("examples")

@@ -84,7 +84,7 @@ def parse_arguments():
     options = parser.parse_args()
     if options.model is None:
         sys.path.insert(0, str(Path(__file__).parent.parent))
-        options.model = importlib.import_module("01_quickstart").minilm_folder()
+        options.model = importlib.import_module("demo").minilm_folder()
     return options
 
 

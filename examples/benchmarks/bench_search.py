@@ -79,13 +79,13 @@ def parse_arguments():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("bench_search.json"))
     options = parser.parse_args()
-    options.model = options.model or quick_start().minilm_folder()
+    options.model = options.model or demo().minilm_folder()
     return options
 
 
 def load_texts(options):
     """Return shuffled texts and labels."""
-    example = quick_start()
+    example = demo()
     if options.csv is None:
         texts, labels = example.load_docstrings()
     else:
@@ -94,10 +94,10 @@ def load_texts(options):
     return [texts[i] for i in chosen], [labels[i] for i in chosen]
 
 
-def quick_start():
-    """Import the quick start, which has the texts and the model."""
+def demo():
+    """Import what the examples share: the texts and the model."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    return importlib.import_module("01_quickstart")
+    return importlib.import_module("demo")
 
 
 # A search

@@ -250,7 +250,7 @@ def canonical(key):
 
 def resolve_model(model):
     """Return the model that was asked for, or the folder of the embedded MiniLM."""
-    return quickstart().minilm_folder() if model is None else model
+    return demo().minilm_folder() if model is None else model
 
 
 def common_key(options):
@@ -259,14 +259,14 @@ def common_key(options):
 
 
 def frozen_embeddings(model):
-    """Return the transformer of the quick start that gives a frozen model's vectors."""
-    return quickstart().FrozenEmbeddings(model)
+    """Return the transformer of the examples that gives a frozen model's vectors."""
+    return demo().FrozenEmbeddings(model)
 
 
-def quickstart():
-    """Import the quick start, which holds both."""
+def demo():
+    """Import what the examples share, which holds both."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    return importlib.import_module("01_quickstart")
+    return importlib.import_module("demo")
 
 
 def add_options(parser, tasks, output):
