@@ -250,6 +250,7 @@ def backbone_cache_info():
     Returns
     -------
     info : BackboneCacheInfo
+        Its `hits`, `misses`, `n_backbones` and `bytes`.
 
     Notes
     -----

@@ -115,11 +115,12 @@ class QLoRAClassifier(
     head_learning_rate : float or "auto", default="auto"
         Peak rate of the head. "auto" is 10 times that of LoRA.
     weight_decay : float, default=0.0
+        Share of each weight that is taken off in an update, times the learning rate.
     warmup_steps : int or float, default=0.1
         Updates over which the rate rises from 0; below 1, their share of all updates.
-    lr_scheduler_type : {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}, \
-            default="linear"
-        Course of the rates after the warm-up, as in `transformers.get_scheduler`.
+    lr_scheduler_type : str, default="linear"
+        Course of the rates after the warm-up, as in `transformers.get_scheduler`: "linear",
+        "cosine", "constant", "constant_with_warmup" or "inverse_sqrt".
     max_grad_norm : float or None, default=1.0
         The gradient is scaled down to this L2 norm. None leaves it.
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}, default="paged_adamw_32bit"
@@ -174,9 +175,9 @@ class QLoRAClassifier(
         Epochs trained; calls of `partial_fit`.
     n_samples_seen_ : int
         Texts trained on, in all calls of `partial_fit`.
-    loss_curve_ : list of float, of length n_iter_
+    loss_curve_ : list of float, of length n_epochs
         Mean training cross-entropy of each epoch, in nats; weighted as the training is.
-    validation_scores_ : list of float, of length n_iter_, or None without early stopping
+    validation_scores_ : list of float, of length n_epochs, or None without early stopping
         Score of each epoch on the held-out texts; nan for those of an earlier fit without them.
     best_validation_score_ : float, or None without early stopping
         That of the adapter which was kept.
@@ -214,10 +215,13 @@ class QLoRAClassifier(
     Examples
     --------
     >>> from skqlora import QLoRAClassifier
-    >>> clf = QLoRAClassifier(random_state=0)
-    >>> clf.fit(texts, labels)  # doctest: +SKIP
-    >>> clf.predict(["Where is my card?"])  # doctest: +SKIP
-    array(['card_arrival'], dtype=object)
+    >>> texts = ["My card is lost", "When does my card arrive?"] * 10
+    >>> labels = ["lost", "arrival"] * 10
+    >>> clf = QLoRAClassifier("Qwen/Qwen3-0.6B-Base", random_state=0).fit(texts, labels)
+    >>> clf.predict(["My card is lost"])
+    array(['lost'], dtype='<U7')
+    >>> clf.predict_proba(["My card is lost"]).shape
+    (1, 2)
     """
 
     _doc_link_module = "skqlora"
@@ -325,6 +329,7 @@ class QLoRAClassifier(
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Texts.
         y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
                 (n_texts, n_labels)
             Labels, of two classes or more; or a multilabel indicator of 0 and 1.
@@ -341,6 +346,7 @@ class QLoRAClassifier(
         Returns
         -------
         self : QLoRAClassifier
+            The estimator itself, fitted.
 
         Raises
         ------
@@ -376,8 +382,10 @@ class QLoRAClassifier(
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            Texts.
         y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
                 (n_texts, n_labels)
+            Labels, all of them among `classes`.
         classes : array-like of shape (n_classes,), default=None
             All labels that will come; for multilabel targets the numbers of the columns. Needed at
             the first call, and no other ones may be given later.
@@ -387,6 +395,7 @@ class QLoRAClassifier(
         Returns
         -------
         self : QLoRAClassifier
+            The estimator itself, fitted.
 
         Raises
         ------

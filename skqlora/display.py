@@ -34,8 +34,9 @@ class LossCurveDisplay:
     Examples
     --------
     >>> from skqlora import LossCurveDisplay
-    >>> display = LossCurveDisplay.from_estimator(clf)  # doctest: +SKIP
-    >>> LossCurveDisplay.from_estimator(other, ax=display.ax_)  # doctest: +SKIP
+    >>> display = LossCurveDisplay.from_estimator(clf)
+    >>> display.ax_.get_ylabel()
+    'Training loss (nats)'
     """
 
     def __init__(self, *, loss_curve, validation_scores=None, name=None):

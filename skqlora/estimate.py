@@ -19,6 +19,7 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     model : str or path-like, default="Qwen/Qwen3-0.6B-Base"
         A Hub id or a local folder.
     n_classes : int, default=2
+        Outputs of the head: classes, or labels of a multilabel table.
     **params
         Parameters of `QLoRAClassifier`, with its defaults: those of an estimator are
         ``**clf.get_params()``. Texts count as `max_length` tokens long, and `batch_size` of them
@@ -54,7 +55,14 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     Examples
     --------
     >>> from skqlora import estimate_memory
-    >>> print(estimate_memory(device="cuda", batch_size=4, max_length=512))  # doctest: +SKIP
+    >>> print(estimate_memory("Qwen/Qwen3-0.6B-Base", batch_size=4, max_length=512, device="cuda"))
+    base                                538.5 MB
+    adapter and head                     40.4 MB
+    their gradients                      40.4 MB
+    optimizer, paged                     80.8 MB
+    activations of 4 x 512 tokens     4,451.4 MB
+    workspace                            78.7 MB
+    total                             5,230.1 MB
     """
     check_scalar(n_classes, "n_classes", Integral, min_val=2)
     clf = QLoRAClassifier(model, **params)

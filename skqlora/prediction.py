@@ -27,6 +27,15 @@ class PredictionMixin:
         -------
         labels : ndarray of shape (n_texts,), or (n_texts, n_labels)
             In the dtype of the labels that were fitted; a multilabel indicator of int.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            If the classifier is not fitted.
+        TypeError, ValueError
+            If `X` is not texts; if `model` is not the base that was fitted with, or is gone.
+        RuntimeError
+            In a fork of a process that has computed on threads.
         """
         logits = self._logits(X)
         if self.multilabel_:
@@ -46,6 +55,11 @@ class PredictionMixin:
         probabilities : ndarray of shape (n_texts, n_classes)
             The softmax of the logits, in the order of `classes_`. For multilabel targets the
             sigmoid of each: of a label to be there.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError, TypeError, ValueError, RuntimeError
+            As `predict`.
         """
         logits = self._logits(X)
         return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
@@ -61,6 +75,12 @@ class PredictionMixin:
         Returns
         -------
         log_probabilities : ndarray of shape (n_texts, n_classes)
+            In the order of `classes_`.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError, TypeError, ValueError, RuntimeError
+            As `predict`.
         """
         logits = self._logits(X)
         return log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
@@ -78,6 +98,11 @@ class PredictionMixin:
         scores : ndarray of shape (n_texts, n_classes), or (n_texts,) for two classes
             For two classes the second's logit less the first's, so that positive means
             ``classes_[1]``.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError, TypeError, ValueError, RuntimeError
+            As `predict`.
         """
         logits = self._logits(X)
         if logits.shape[1] == 2 and not self.multilabel_:

@@ -1,0 +1,91 @@
+"""The code in README, guide and docstrings runs; what troubleshooting quotes is what we say."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from helpers import make_classifier
+from transformers import AutoTokenizer, Qwen3Config
+
+from skqlora import LossCurveDisplay, QLoRAClassifier, estimate_memory
+
+ROOT = Path(__file__).parent.parent
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = [
+    path
+    for path in (
+        ROOT / "README.md",
+        ROOT / "docs" / "index.md",
+        ROOT / "docs" / "saving.md",
+        *GUIDE,
+    )
+    if "```python" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore:The least populated class in y")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # in transformers
+def test_code_blocks_run(page, decoder, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts, labels = corpus
+    clf = make_classifier(decoder).fit(texts, labels)
+    clf.save("tickets")
+    namespace = {
+        "QLoRAClassifier": QLoRAClassifier,
+        "clf": clf,
+        "model": decoder,
+        "texts": texts,
+        "labels": labels,
+    }
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        # The Hub's model and a GPU are not at hand; the tiny model takes fewer tokens.
+        code = block.replace("Qwen/Qwen3-0.6B-Base", decoder).replace('"cuda"', '"cpu"')
+        code = code.replace("max_length=512", "max_length=64")
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+@pytest.fixture(scope="module")
+def default_config(decoder, tmp_path_factory):
+    """The sizes of Qwen3-0.6B-Base, without weights: all that an estimate needs."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("thing", [QLoRAClassifier, LossCurveDisplay, estimate_memory])
+def test_examples_of_docstrings_run(thing, decoder, default_config, corpus):
+    mpl.use("Agg")
+    model = default_config if thing is estimate_memory else decoder
+    docstring = inspect.getdoc(thing).replace("Qwen/Qwen3-0.6B-Base", model)
+    names = {"clf": make_classifier(decoder).fit(*corpus)} if thing is LossCurveDisplay else {}
+    test = doctest.DocTestParser().get_doctest(docstring, names, thing.__name__, None, None)
+    assert test.examples
+    failures = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def test_quoted_messages_are_ours():
+    """Each quotation, with names and numbers left open, is somewhere in the code."""
+    code = "".join(path.read_text() for path in sorted((ROOT / "skqlora").glob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings that go on in the next line
+    page = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text()
+    quoted = re.findall(r'^\*\*"(.+?)"', page, re.MULTILINE)
+    assert len(quoted) >= 10
+    for message in quoted:
+        parts = re.split(r"'[^']*'|\([\d, ]+\)|\d[\d.,]*%?|\b(?:X|y|nan|float|str)\b", message)
+        assert re.search(".{1,80}?".join(map(re.escape, parts)), code), message
