@@ -19,6 +19,7 @@ Your own table, and any model of the Hugging Face Hub::
 import argparse
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,12 @@ def main():
     else:
         texts, labels = read_csv(options.csv, options.text, options.label)
     if options.test_csv is None:
+        alone = sorted(label for label, count in Counter(labels).items() if count == 1)
+        if alone:
+            raise SystemExit(
+                f"Classes of one text cannot be in training and test both: {', '.join(alone[:5])}. "
+                "Take them out, or pass a --test-csv."
+            )
         split = train_test_split(texts, labels, test_size=0.25, stratify=labels, random_state=0)
         train, test = (split[0], split[2]), (split[1], split[3])
     else:

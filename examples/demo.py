@@ -120,6 +120,8 @@ def describe(name, docstring):
 
 def read_csv(path, text, label):
     """Return two columns of a CSV file."""
+    if not Path(path).is_file():
+        raise SystemExit(f"There is no file {path}.")
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:

@@ -48,6 +48,25 @@ def test_quick_start_on_a_table_and_a_model_of_ones_own(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "There is no file .*table.csv"),
+        (["text,label"], "table.csv has no rows"),
+        (["text,class", "a,b"], "has no column 'label'. Its columns: text, class"),
+        (["text,label", *["a,b"] * 5, "c,d"], "Classes of one text .*: d.* --test-csv"),
+    ],
+)
+def test_quick_start_refuses_tables_that_cannot_work(tmp_path, monkeypatch, rows, message):
+    table = tmp_path / "table.csv"
+    if rows is not None:
+        table.write_text("\n".join(rows))
+    monkeypatch.setattr(sys, "argv", ["01_quickstart.py", "--csv", str(table)])
+    with pytest.raises(SystemExit, match=message):
+        load_example("01_quickstart").main()
+
+
 def test_docstrings_do_not_name_their_function():
     example = load_example("demo")
     texts, areas = example.load_docstrings()
