@@ -1,4 +1,4 @@
-"""Print constraints: the oldest version that each dependency may have, and known ones of the tools."""
+"""Print constraints: the oldest versions of dependencies, and the known ones of the tools."""
 
 import re
 import tomllib

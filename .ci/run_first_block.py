@@ -1,4 +1,4 @@
-"""Run the first block of Python in README as it is, but with the model that the extra "demo" has."""
+"""Run the first Python of README as it is, but with the model that the extra "demo" installs."""
 
 import re
 import sys

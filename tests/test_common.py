@@ -1,9 +1,7 @@
 """scikit-learn's own checks: of the estimator, and of a tabular subclass that makes them run."""
 
-import os
-import tempfile
+import contextlib
 import warnings
-from pathlib import Path
 
 import pytest
 import tiny
@@ -15,8 +13,8 @@ from sklearn.utils.validation import validate_data
 
 from skqlora import QLoRAClassifier
 
-# The parametrization runs before any fixture: the model is written when a check first fits.
-MODEL = Path(tempfile.gettempdir()) / f"skqlora-test-common-{os.getpid()}"
+# The parametrization runs before any fixture, so this is a folder that a fixture makes.
+MODEL = "tiny_bert"
 
 EXPECTED_FAILED_CHECKS = {
     "check_sample_weight_equivalence_on_dense_data": (
@@ -48,17 +46,16 @@ class TabularClassifier(QLoRAClassifier):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def model():
-    """Write the tiny model that the checks fit, and take it away after them."""
-    import shutil
-
-    tiny.save_model(MODEL, "bert")
-    yield
-    shutil.rmtree(MODEL)
+def model(tmp_path_factory):
+    """Write the tiny model that the checks fit, and go to where it is."""
+    folder = tmp_path_factory.mktemp("checks")
+    tiny.save_model(folder / MODEL, "bert")
+    with contextlib.chdir(folder):
+        yield
 
 
 def tabular():
-    params = make_classifier(str(MODEL), num_train_epochs=8, lora_dropout=0.0).get_params()
+    params = make_classifier(MODEL, num_train_epochs=8, lora_dropout=0.0).get_params()
     return TabularClassifier(**params)
 
 
