@@ -1,4 +1,4 @@
-"""The wheel holds the package and nothing else; the source archive holds the tests too."""
+"""The wheel holds the package and nothing else; the source archive holds its tests too."""
 
 import sys
 import tarfile
@@ -7,14 +7,21 @@ from pathlib import Path
 
 [wheel] = Path(sys.argv[1]).glob("*.whl")
 [source] = Path(sys.argv[1]).glob("*.tar.gz")
-package = {f"skqlora/{path.name}" for path in Path("skqlora").iterdir() if path.is_file()}
-tests = {f"tests/{path.name}" for path in Path("tests").glob("test_*.py")}
 
+
+def files_of(folder, pattern):
+    """Name the files that belong to a folder of the checkout."""
+    files = (path for path in Path(folder).rglob(pattern) if path.is_file())
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+package = files_of("skqlora", "*.py") | {"skqlora/py.typed"}
 packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 if packed != package:
     sys.exit(f"The wheel should hold the package alone; different: {sorted(packed ^ package)}")
 with tarfile.open(source) as archive:
     packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-missing = (package | tests | {"README.md", "LICENSE", "pyproject.toml"}) - packed
+wanted = package | files_of("tests", "*") | files_of("examples", "*.py")
+missing = (wanted | {"README.md", "LICENSE", "pyproject.toml"}) - packed
 if missing:
     sys.exit(f"The source archive lacks {sorted(missing)}")
