@@ -1,11 +1,11 @@
 r"""
 A small service: classifiers of one base behind HTTP.
 
-Serves every folder of a folder that `QLoRAClassifier.save` wrote. All classifiers share one frozen
-base. Requests that come in while another one computes wait together, and go into one call for each
-classifier. Nothing is ever unpickled, and nothing can be uploaded::
+Serves every folder of a folder that `QLoRAClassifier.save` wrote. Classifiers of the same base
+share it. Requests that come in while others are computed wait together, and those of a classifier
+go into one call. Nothing is ever unpickled, and nothing can be uploaded::
 
-    pip install "skqlora[serving]"
+    pip install ".[serving]"
     SKQLORA_CLASSIFIERS=folder uvicorn --app-dir examples/serving app:app
     curl localhost:8000/classifiers/tickets -H 'Content-Type: application/json' \
         -d '{"texts": ["Where is my card?"]}'
@@ -13,21 +13,25 @@ classifier. Nothing is ever unpickled, and nothing can be uploaded::
 
 import asyncio
 import os
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from skqlora import QLoRAClassifier, backbone_cache_info
 
 MAX_TEXTS = 64  # of a request
-MAX_CHARACTERS = 20_000  # of a text
-MAX_BYTES = 1_000_000  # of a request's body
-MAX_WAITING = 1_000  # texts, before requests are turned away
+MAX_CHARACTERS = 5_000  # of a text, of which a model reads some hundred tokens
+MAX_BYTES = 2_000_000  # of a request's body: as many characters as that are, escaped as JSON may
+MAX_TEXTS_OF_A_CALL = 128
+MAX_TEXTS_IN_ALL = 1_000  # that wait or are computed, before requests are turned away
+MAX_SECONDS = 30  # that a request waits for its answer
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
@@ -41,7 +45,8 @@ class Request(BaseModel):
 class Answer(BaseModel):
     """A label and the probabilities of all classes for each text.
 
-    For several labels of a text, `labels` are those above 0.5.
+    For several labels of a text, `labels` are those above 0.5, and classes are the numbers of the
+    columns that were fitted.
     """
 
     classes: list[str]
@@ -49,60 +54,112 @@ class Answer(BaseModel):
     probabilities: list[list[float]]
 
 
+@dataclass(eq=False)
+class Waiting:
+    """A request that waits for its answer."""
+
+    name: str
+    texts: list[str]
+    answer: asyncio.Future
+
+
 class Batcher:
-    """Puts the texts of waiting requests into one call for each classifier.
+    """Puts the texts of waiting requests into one call of their classifier.
 
     Parameters
     ----------
     classifiers : dict of str to QLoRAClassifier
+
+    Attributes
+    ----------
+    n_calls : int
+        Calls of classifiers so far.
     """
 
     def __init__(self, classifiers):
         self.classifiers = classifiers
         self.n_calls = 0
-        self._waiting = []  # (name, texts, future)
+        self._unanswered = set()
+        self._queue = []  # those of them that no call has taken yet
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1)  # the base computes for one at a time anyway
+        self._thread = ThreadPoolExecutor(1)  # a call uses all cores, or the GPU, already
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def n_texts(self):
+        """Texts that wait or are computed."""
+        return sum(len(waiting.texts) for waiting in self._unanswered)
+
+    @property
+    def alive(self):
+        """Whether requests are answered."""
+        return not self._task.done()
 
     async def predict_proba(self, name, texts):
         """Return an array of shape (n_texts, n_classes), once its turn has come."""
-        if sum(len(waiting) for _, waiting, _ in self._waiting) + len(texts) > MAX_WAITING:
+        if self.n_texts + len(texts) > MAX_TEXTS_IN_ALL:
             raise HTTPException(503, "Too many texts are waiting. Try again later.")
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((name, texts, future))
+        waiting = Waiting(name, texts, asyncio.get_running_loop().create_future())
+        self._unanswered.add(waiting)
+        self._queue.append(waiting)
         self._arrival.set()
-        return await future
+        try:
+            async with asyncio.timeout(MAX_SECONDS):
+                return await waiting.answer
+        except TimeoutError:
+            raise HTTPException(504, f"No answer in {MAX_SECONDS} s. Try again later.") from None
+        finally:
+            self._unanswered.remove(waiting)
 
-    async def run(self):
-        """Compute for ever."""
+    async def close(self):
+        """Stop, and let no request wait for ever."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        for waiting in self._unanswered:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(HTTPException(503, "The service is shutting down."))
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self):
         while True:
             await self._arrival.wait()
+            while batch := self._take():
+                await self._compute(batch)
             self._arrival.clear()
-            taken, self._waiting = self._waiting, []
-            by_name = defaultdict(list)
-            for name, texts, future in taken:
-                by_name[name].append((texts, future))
-            for name, requests in by_name.items():
-                await self._compute(name, requests)
 
-    async def _compute(self, name, requests):
-        texts = [text for texts, _ in requests for text in texts]
+    def _take(self):
+        """Take the first request, and others of its classifier that fit into the same call."""
+        queue = [waiting for waiting in self._queue if not waiting.answer.done()]
+        batch, n_texts = [], 0
+        for waiting in queue:
+            n_more = len(waiting.texts)
+            if waiting.name == queue[0].name and n_texts + n_more <= MAX_TEXTS_OF_A_CALL:
+                batch.append(waiting)
+                n_texts += n_more
+        self._queue = [waiting for waiting in queue if waiting not in batch]
+        return batch
+
+    async def _compute(self, batch):
+        texts = [text for waiting in batch for text in waiting.texts]
+        predict_proba = self.classifiers[batch[0].name].predict_proba
         self.n_calls += 1
-        loop = asyncio.get_running_loop()
         try:
-            proba = await loop.run_in_executor(
-                self._thread, self.classifiers[name].predict_proba, texts
+            proba = await asyncio.get_running_loop().run_in_executor(
+                self._thread, predict_proba, texts
             )
-        except Exception as error:  # each request hears of it; the next ones are computed
-            for _, future in requests:
-                if not future.done():
-                    future.set_exception(error)
+        except Exception as error:
+            if len(batch) > 1:  # only the request that is at fault shall fail
+                for waiting in batch:
+                    await self._compute([waiting])
+            elif not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
             return
         start = 0
-        for texts, future in requests:
-            if not future.done():  # its client may be gone
-                future.set_result(proba[start : start + len(texts)])
-            start += len(texts)
+        for waiting in batch:
+            if not waiting.answer.done():  # it may have waited too long
+                waiting.answer.set_result(proba[start : start + len(waiting.texts)])
+            start += len(waiting.texts)
 
 
 class BodyLimit:
@@ -143,20 +200,33 @@ def create_app(folder):
             for path in sorted(Path(folder).iterdir())
             if (path / "skqlora.json").exists()
         }
-        app.state.batcher = Batcher(classifiers)
         for clf in classifiers.values():  # reads the base before the first request
             await asyncio.to_thread(clf.predict_proba, ["warm up"])
-        task = asyncio.create_task(app.state.batcher.run())
-        yield
-        task.cancel()
+        app.state.batcher = Batcher(classifiers)
+        try:
+            yield
+        finally:
+            await app.state.batcher.close()
 
     app = FastAPI(title="skqlora", lifespan=lifespan)
     app.add_middleware(BodyLimit, max_bytes=MAX_BYTES)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request, error):
+        """Say what is wrong without repeating what came, which may be long or no text at all."""
+        details = [{"loc": each["loc"], "msg": each["msg"]} for each in error.errors()]
+        return JSONResponse({"detail": details[:10]}, status_code=422)
+
     @app.get("/health")
     async def health():
-        info = backbone_cache_info()
-        return {"classifiers": len(app.state.batcher.classifiers), "bases": info.n_backbones}
+        batcher = app.state.batcher
+        if not batcher.alive:
+            raise HTTPException(503, "Requests are not answered any more.")
+        return {
+            "classifiers": len(batcher.classifiers),
+            "bases": backbone_cache_info().n_backbones,
+            "texts": batcher.n_texts,
+        }
 
     @app.get("/classifiers")
     async def list_classifiers():
