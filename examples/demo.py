@@ -42,7 +42,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 @dataclass(frozen=True)
 class Documented:
-    """A public function or class.
+    """A public function or class, of those with a description of their own.
 
     Attributes
     ----------
@@ -87,6 +87,8 @@ def _documented(module_name, area):
     module = importlib.import_module(module_name)
     for name in module.__all__:
         thing = vars(module).get(name)
+        if not (inspect.isroutine(thing) or inspect.isclass(thing) or isinstance(thing, np.ufunc)):
+            continue  # submodules, and instances such as distributions
         docstring = inspect.getdoc(thing) or ""
         text = describe(name, docstring)
         if len(text.split()) >= 6:

@@ -84,7 +84,7 @@ def test_docstrings_do_not_name_their_function():
     [
         ("05_pipeline_and_search", "the base was loaded 1 time(s)"),
         ("06_imbalanced", "the tuned threshold is 0."),
-        ("07_few_texts", "SciPy or scikit-learn   48 texts  QLoRAClassifier"),
+        ("07_few_texts", "class or function       16 texts  QLoRAClassifier"),
         ("08_multilabel", "macro-F1 with a threshold of 0.5: 0."),
         ("09_calibration", "after   accuracy 0."),
         ("10_three_tasks_one_base", "the base was loaded 1 time(s)"),
