@@ -21,7 +21,7 @@ if packed != package:
     sys.exit(f"The wheel should hold the package alone; different: {sorted(packed ^ package)}")
 with tarfile.open(source) as archive:
     packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-wanted = package | files_of("tests", "*") | files_of("examples", "*.py")
+wanted = package | files_of("tests", "*") | files_of("examples", "*.py") | files_of("docs", "*.md")
 missing = (wanted | {"README.md", "LICENSE", "pyproject.toml"}) - packed
 if missing:
     sys.exit(f"The source archive lacks {sorted(missing)}")

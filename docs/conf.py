@@ -1,7 +1,5 @@
 """Sphinx configuration: ``python -m sphinx -W --keep-going docs docs/_build/html``."""
 
-import os
-
 import skqlora
 
 project = "skqlora"
@@ -14,7 +12,6 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.intersphinx",
     "matplotlib.sphinxext.plot_directive",
     "sphinx-mathjax-offline",
     "sphinx_copybutton",
@@ -25,7 +22,6 @@ exclude_patterns = ["_build", "_templates", "auto_examples/**/*.ipynb"]
 templates_path = ["_templates"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 root_doc = "index"
-nitpicky = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -36,17 +32,7 @@ autodoc_typehints = "none"  # numpydoc sections say it
 numpydoc_show_class_members = True
 numpydoc_class_members_toctree = False
 numpydoc_show_inherited_class_members = False
-
-# Links to other projects' objects need their inventories, and so a network.
-ONLINE = os.environ.get("READTHEDOCS") == "True"
-intersphinx_mapping = {
-    "python": ("https://docs.python.org/3", None),
-    "sklearn": ("https://scikit-learn.org/stable", None),
-    "numpy": ("https://numpy.org/doc/stable", None),
-}
-if not ONLINE:
-    intersphinx_mapping = {}
-    suppress_warnings = ["ref.ref"]  # scikit-learn's docstrings that we inherit refer to its pages
+suppress_warnings = ["ref.ref"]  # scikit-learn's docstrings that we inherit refer to its pages
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

@@ -11,7 +11,7 @@ Kubernetes, Slurm, or started with ``dask scheduler`` and ``dask worker``)::
 
     python 02_search_on_a_cluster.py --scheduler tcp://10.0.0.1:8786 --model Qwen/Qwen3-0.6B-Base
 
-Needs the extra ``dask``: ``pip install "skqlora[dask]"``, on the workers too.
+Needs the extra ``dask``: ``pip install ".[demo,dask]"``, on the workers too.
 """
 
 import argparse

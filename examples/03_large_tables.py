@@ -10,7 +10,7 @@ Your own file, with a header and a column named text::
 
     python 03_large_tables.py --csv texts.csv --output labelled
 
-Needs the extra ``dask``: ``pip install "skqlora[dask]"``.
+Needs the extra ``dask``: ``pip install ".[demo,dask]"``.
 """
 
 import argparse

