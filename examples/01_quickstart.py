@@ -19,7 +19,6 @@ Your own table, and any model of the Hugging Face Hub::
 import argparse
 import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,19 +59,20 @@ def main():
     parser.add_argument("--label", default="label", help="column of the labels")
     parser.add_argument("--output", default="quickstart_confusion_matrix.png", help="picture")
     options = parser.parse_args()
+    if not Path(options.output).absolute().parent.is_dir():
+        raise SystemExit(f"There is no folder for --output {options.output}.")
 
     if options.csv is None:
         texts, labels = load_docstrings()
     else:
         texts, labels = read_csv(options.csv, options.text, options.label)
+    if len(set(labels)) == 1:
+        raise SystemExit(f"All texts are of one class, {labels[0]!r}.")
     if options.test_csv is None:
-        alone = sorted(label for label, count in Counter(labels).items() if count == 1)
-        if alone:
-            raise SystemExit(
-                f"Classes of one text cannot be in training and test both: {', '.join(alone[:5])}. "
-                "Take them out, or pass a --test-csv."
-            )
-        split = train_test_split(texts, labels, test_size=0.25, stratify=labels, random_state=0)
+        try:
+            split = train_test_split(texts, labels, test_size=0.25, stratify=labels, random_state=0)
+        except ValueError as error:
+            raise SystemExit(f"No test texts can be held out: {error} Pass --test-csv.") from None
         train, test = (split[0], split[2]), (split[1], split[3])
     else:
         train = texts, labels

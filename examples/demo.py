@@ -123,9 +123,12 @@ def describe(name, docstring):
 def read_csv(path, text, label):
     """Return two columns of a CSV file."""
     if not Path(path).is_file():
-        raise SystemExit(f"There is no file {path}.")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        raise SystemExit(f"There is no file {str(path)!r}.")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not in UTF-8: {error}. Save it in UTF-8.") from None
     if not rows:
         raise SystemExit(f"{path} has no rows.")
     missing = {text, label} - set(rows[0])
@@ -133,7 +136,13 @@ def read_csv(path, text, label):
         raise SystemExit(
             f"{path} has no column {min(missing)!r}. Its columns: {', '.join(rows[0])}"
         )
-    return [row[text] for row in rows], [row[label] for row in rows]
+    bare = [number for number, row in enumerate(rows, start=1) if not row[label]]
+    if bare:
+        raise SystemExit(
+            f"{path} has {len(bare)} row(s) without a {label!r}, the first is row {bare[0]}. Leave "
+            "them out, or give them a class of their own."
+        )
+    return [row[text] or "" for row in rows], [row[label] for row in rows]
 
 
 def minilm_folder():

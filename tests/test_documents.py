@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 from helpers import make_classifier
 from transformers import AutoTokenizer, Qwen3Config
@@ -34,6 +35,7 @@ def test_code_blocks_run(page, decoder, corpus, tmp_path, monkeypatch):
     texts, labels = corpus
     clf = make_classifier(decoder).fit(texts, labels)
     clf.save("tickets")
+    pd.DataFrame({"text": texts, "label": labels}).to_csv("train.csv", index=False)
     namespace = {
         "QLoRAClassifier": QLoRAClassifier,
         "clf": clf,

@@ -55,16 +55,26 @@ def test_quick_start_on_a_table_and_a_model_of_ones_own(
         (None, "There is no file .*table.csv"),
         (["text,label"], "table.csv has no rows"),
         (["text,class", "a,b"], "has no column 'label'. Its columns: text, class"),
-        (["text,label", *["a,b"] * 5, "c,d"], "Classes of one text .*: d.* --test-csv"),
+        (["text,label", *["a,b"] * 5, "c,d"], "No test texts can be held out: .* --test-csv"),
+        (["text,label", "a,b", "c,d"] * 2, "No test texts can be held out: .* --test-csv"),
+        (["text,label", *["a,b"] * 5], "All texts are of one class, 'b'"),
+        (["text,label", "a,b", "c,", "d"], r"2 row\(s\) without a 'label', the first is row 2"),
+        (["text,label", "\udcff,b"], "is not in UTF-8"),
     ],
 )
 def test_quick_start_refuses_tables_that_cannot_work(tmp_path, monkeypatch, rows, message):
     table = tmp_path / "table.csv"
     if rows is not None:
-        table.write_text("\n".join(rows))
+        table.write_text("\n".join(rows), errors="surrogateescape")
     monkeypatch.setattr(sys, "argv", ["01_quickstart.py", "--csv", str(table)])
     with pytest.raises(SystemExit, match=message):
         load_example("01_quickstart").main()
+
+
+@pytest.mark.usefixtures("examples")
+def test_quick_start_reads_what_spreadsheets_write(tmp_path):
+    (tmp_path / "table.csv").write_text("text,label\na,b\n", encoding="utf-8-sig")
+    assert load_example("demo").read_csv(tmp_path / "table.csv", "text", "label") == (["a"], ["b"])
 
 
 def test_docstrings_do_not_name_their_function():

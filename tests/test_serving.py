@@ -166,6 +166,20 @@ def test_app_that_uvicorn_asks_for(serving, folder, monkeypatch):
         assert set(client.get("/classifiers").json()) == {"topics", "several"}
 
 
+def test_app_says_what_it_wants(serving, folder, monkeypatch, tmp_path):
+    monkeypatch.delenv("SKQLORA_CLASSIFIERS", raising=False)
+    with pytest.raises(RuntimeError, match="Got SKQLORA_CLASSIFIERS=''"):
+        _ = serving.app
+    for wrong in (tmp_path, folder / "topics"):
+        with (
+            pytest.raises(
+                RuntimeError, match=r"holds no folders that `QLoRAClassifier.save` wrote"
+            ),
+            TestClient(serving.create_app(wrong)),
+        ):
+            pass
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "why"),
     [

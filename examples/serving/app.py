@@ -6,6 +6,7 @@ share it. Requests that come in while others are computed wait together, and tho
 go into one call. Nothing is ever unpickled, and nothing can be uploaded::
 
     pip install ".[serving]"
+    python -c "...; clf.save('folder/tickets')"
     SKQLORA_CLASSIFIERS=folder uvicorn --app-dir examples/serving app:app
     curl localhost:8000/classifiers/tickets -H 'Content-Type: application/json' \
         -d '{"texts": ["Where is my card?"]}'
@@ -200,6 +201,8 @@ def create_app(folder):
             for path in sorted(Path(folder).iterdir())
             if (path / "skqlora.json").exists()
         }
+        if not classifiers:
+            raise RuntimeError(f"{folder} holds no folders that `QLoRAClassifier.save` wrote.")
         for clf in classifiers.values():  # reads the base before the first request
             await asyncio.to_thread(clf.predict_proba, ["warm up"])
         app.state.batcher = Batcher(classifiers)
@@ -257,4 +260,10 @@ def __getattr__(name):
     """Make `app` when uvicorn asks for it, of the folder that the environment names."""
     if name != "app":
         raise AttributeError(name)
-    return create_app(os.environ["SKQLORA_CLASSIFIERS"])
+    folder = os.environ.get("SKQLORA_CLASSIFIERS", "")
+    if not Path(folder).is_dir() or not folder:
+        raise RuntimeError(
+            f"Got SKQLORA_CLASSIFIERS={folder!r} in the environment. Wanted: the folder that holds "
+            "the classifiers' folders."
+        )
+    return create_app(folder)
