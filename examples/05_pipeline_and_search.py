@@ -25,7 +25,7 @@ documented = load_documented()
 texts = [each.markup for each in documented]
 areas = [each.area for each in documented]
 train, test, train_y, test_y = train_test_split(
-    texts, areas, train_size=60 if QUICK else 300, stratify=areas, random_state=0
+    texts, areas, train_size=60 if QUICK else 200, stratify=areas, random_state=0
 )
 print(train[0])
 
