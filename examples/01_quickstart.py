@@ -108,8 +108,8 @@ def main():
         test[1], clf.predict(test[0]), xticks_rotation="vertical", cmap="Blues", colorbar=False
     )
     display.ax_.set_title(f"QLoRAClassifier, {len(test[0])} test texts")
-    display.figure_.set_size_inches(8, 8)
-    display.figure_.savefig(options.output, dpi=100, bbox_inches="tight")
+    display.figure_.set(size_inches=(8, 8), layout_engine="constrained")
+    display.figure_.savefig(options.output, dpi=100)
     print(f"\nThe confusion matrix is in {Path(options.output).resolve()}")
 
 
