@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-import sklearn
 from helpers import assert_equal_adapters
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
@@ -34,7 +33,6 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils.fixes import parse_version
 
 
 def test_pipeline_that_cleans_and_search_within(clf, texts, labels):
@@ -68,8 +66,6 @@ def test_halving_over_epochs(clf, texts, labels):
 
 @pytest.mark.parametrize("method", ["temperature", "sigmoid"])
 def test_calibration(clf, texts, labels, method):
-    if method == "temperature" and parse_version(sklearn.__version__) < parse_version("1.8"):
-        pytest.skip("scikit-learn < 1.8 has no temperature scaling")
     frozen = FrozenEstimator(clf.fit(texts, labels))
     for estimator in (clf, frozen):
         calibrated = CalibratedClassifierCV(estimator, method=method, cv=2).fit(texts, labels)
