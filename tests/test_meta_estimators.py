@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 from helpers import assert_equal_adapters
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
