@@ -93,7 +93,6 @@ def _output_name(spec: BackboneSpec) -> str | None:
     try:
         with torch.device("meta"), muted():
             causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            causal.tie_weights()  # the oldest transformers leaves that out on the meta device
     except ValueError as error:
         raise ValueError(
             f"model={spec.model!r} ({config.model_type}) predicts no tokens. Wanted: a causal "

@@ -68,7 +68,7 @@ with warnings.catch_warnings():
             EXPECTED_FAILED_CHECKS if isinstance(estimator, TabularClassifier) else {}
         ),
     )
-    # Made here, where the warning is caught: before version 1.7 the checks are a generator.
+    # Made here, where the warning is caught: in version 1.8 the checks are a generator.
     names, checks = CHECKS.args
     CHECKS = pytest.mark.parametrize(names, list(checks), **CHECKS.kwargs)
 
