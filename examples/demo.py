@@ -180,7 +180,8 @@ class FrozenEmbeddings(TransformerMixin, BaseEstimator):
         logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval().to(device)
         features = []
         for start in range(0, len(X), 32):
             batch = tokenizer(
@@ -189,9 +190,9 @@ class FrozenEmbeddings(TransformerMixin, BaseEstimator):
                 truncation=True,
                 max_length=512,
                 return_tensors="pt",
-            )
+            ).to(device)
             mask = batch["attention_mask"]
             with torch.no_grad():
                 hidden = model(input_ids=batch["input_ids"], attention_mask=mask)[0]
             features.append((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        return torch.cat(features).numpy()
+        return torch.cat(features).cpu().numpy()

@@ -4,7 +4,6 @@ Knows nothing of how a model is trained.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from skqlora.saved_format import (
     scores_to_json,
     typed,
 )
+from skqlora.versions import installed_version
 
 MANIFEST, TENSORS = "checkpoint.json", "checkpoint.safetensors"
 PACKAGES = ("skqlora", "torch", "bitsandbytes", "numpy")  # another version may compute otherwise
@@ -121,7 +121,7 @@ class Checkpoints:
 
         params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
-        versions = [importlib.metadata.version(name) for name in PACKAGES]
+        versions = [installed_version(name) for name in PACKAGES]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
         self._n_threads = n_threads

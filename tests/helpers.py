@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -74,6 +75,27 @@ def trained_values(clf):
     """All trained weights of a fitted classifier in one vector."""
     tensors = [*clf.adapter_.lora_tensors.values(), *clf.adapter_.head_tensors.values()]
     return np.concatenate([tensor.ravel() for tensor in tensors])
+
+
+def fit_interrupted(clf, corpus, at, **held_out):
+    """Fit until an update is about to begin; return the updates that were made."""
+    made = []
+    step = Trainer.step
+
+    def interrupt(self, rows):
+        if self.n_updates == at:
+            raise KeyboardInterrupt
+        made.append(self.n_updates)
+        return step(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupt)
+        if at is None:
+            clf.fit(*corpus, **held_out)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                clf.fit(*corpus, **held_out)
+    return made
 
 
 def assert_equal_adapters(first, second):

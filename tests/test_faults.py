@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a fit leaves something whole behind."""
 
 import copy
+import importlib.metadata
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from helpers import (
     assert_equal_adapters,
     digest_of_base,
     draw_damage,
+    fit_interrupted,
     make_backbone,
     make_classifier,
     trained_values,
@@ -135,27 +137,6 @@ def interrupted(tiny_model, corpus, tmp_path_factory):
     return folder
 
 
-def fit_interrupted(clf, corpus, at, **held_out):
-    """Fit until an update is about to begin; return the updates that were made."""
-    made = []
-    step = Trainer.step
-
-    def interrupt(self, rows):
-        if self.n_updates == at:
-            raise KeyboardInterrupt
-        made.append(self.n_updates)
-        return step(self, rows)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupt)
-        if at is None:
-            clf.fit(*corpus, **held_out)
-        else:
-            with pytest.raises(KeyboardInterrupt):
-                clf.fit(*corpus, **held_out)
-    return made
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -235,6 +216,20 @@ def test_a_damaged_checkpoint_is_named(encoder, corpus, checkpoints):
     (folder / "checkpoint.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors.*SHA-256"):
         clf.fit(*corpus)
+
+
+def test_checkpoints_of_a_package_that_is_not_installed(encoder, corpus, checkpoints, monkeypatch):
+    installed = importlib.metadata.version
+
+    def version(package):
+        if package == "skqlora":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    clf = make_classifier(encoder, **checkpoints)
+    fit_interrupted(clf, corpus, 5)
+    assert fit_interrupted(clf, corpus, None)[0] == 4
 
 
 def test_checkpoints_need_a_seed_and_tell_another_number_of_threads(encoder, corpus, checkpoints):

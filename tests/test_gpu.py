@@ -9,14 +9,19 @@ import tiny
 import torch
 from helpers import (
     digest_of_base,
+    fit_interrupted,
     lora_parameters,
     make_backbone,
     make_classifier,
     make_model,
     make_settings,
     random_tokens,
+    restore_model,
     train,
+    trained_values,
 )
+from joblib import parallel_config
+from sklearn.model_selection import cross_val_score
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
@@ -191,12 +196,21 @@ def test_checkpointing_saves_memory(medium, capsys):
     assert saving < 0.5 * plain
 
 
-def test_predictions_do_not_depend_on_the_batch(medium):
-    model = make_model(cuda_backbone(medium))
+def test_predictions_depend_on_the_batch_by_rounding_alone(medium):
     tokens = random_tokens(32)
-    together = predict_logits(model, tokens)
-    alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
-    np.testing.assert_allclose(np.array(alone), together, rtol=0, atol=2e-2)
+
+    def together_and_alone(model):
+        alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
+        return predict_logits(model, tokens), np.array(alone)
+
+    rounding = make_model(cuda_backbone(medium))
+    state = rounding.capture(TextSettings(32))
+    exact, alone = together_and_alone(
+        restore_model(cuda_backbone(medium, compute_dtype=torch.float32), state)
+    )
+    np.testing.assert_allclose(alone, exact, rtol=0, atol=1e-4)
+    together, alone = together_and_alone(rounding)
+    assert np.abs(alone - together).max() < 2 * np.abs(together - exact).max()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -263,3 +277,55 @@ def test_estimate_of_memory_is_what_a_fit_takes(medium, quantization, checkpoint
     make_classifier(medium, **params).fit(texts, labels)
     measured = torch.cuda.max_memory_allocated() - before  # managed memory is not in it
     assert 0.95 < estimated.resident / measured < 1.25
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compute_dtype": "float16"},  # the scale of the loss goes on too
+        {"compute_dtype": "bfloat16", "optim": "paged_adamw_8bit", "lora_dropout": 0.3},
+    ],
+    ids=["float16", "8-bit"],
+)
+def test_an_interrupted_fit_goes_on_to_the_same(model, corpus, tmp_path, changes):
+    params = {"device": "cuda", "checkpoint_dir": str(tmp_path), "checkpoint_every": 4}
+    params |= changes | {"batch_size": 12}
+    whole = make_classifier(model, **params).fit(*corpus)
+    resumed = make_classifier(model, **params)
+    fit_interrupted(resumed, corpus, 10)
+    assert fit_interrupted(resumed, corpus, None)[0] == 8
+    expected = trained_values(whole)
+    difference = np.abs(trained_values(resumed) - expected).max()
+    assert difference < 1e-2 * np.abs(expected).max()  # kernels that add in another order
+    np.testing.assert_allclose(resumed.loss_curve_, whole.loss_curve_, rtol=1e-2)
+
+
+def test_a_fit_that_runs_out_of_memory_goes_on_with_less_at_once(medium):
+    words = " ".join(word for topic in tiny.TOPICS.values() for word in topic)
+    texts, labels = [f"{words} {words} {words} {word}" for word in words.split()] * 4, [0, 1] * 48
+    params = {"device": "cuda", "compute_dtype": "bfloat16", "gradient_checkpointing": False}
+    params |= {"batch_size": 48, "num_train_epochs": 1}
+
+    def fit():
+        return make_classifier(medium, **params).fit(texts, labels)
+
+    taken = peak_of(fit) * 1e6
+    expected = fit()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 0.7 * taken
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        with pytest.warns(RuntimeWarning, match="Out of memory"):
+            recovered = fit()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    np.testing.assert_allclose(recovered.loss_curve_, expected.loss_curve_, rtol=1e-2)
+
+
+def test_threads_on_one_gpu_give_what_one_thread_gives(model, corpus):
+    clf = make_classifier(model, device="cuda", num_train_epochs=2)
+    scores = cross_val_score(clf, *corpus, cv=4, scoring="neg_log_loss")
+    with parallel_config(backend="threading", n_jobs=4):
+        together = cross_val_score(clf, *corpus, cv=4, scoring="neg_log_loss")
+    np.testing.assert_allclose(together, scores, rtol=1e-3)

@@ -4,7 +4,7 @@ Training on a GPU at the sizes that QLoRA is for: tokens a second and peak memor
 The bases are Llama-shaped with random weights, since only shapes matter here. They are made and
 quantized one layer at a time, so that no 16-bit copy of the whole model ever exists. Every run is
 a fresh process. ``--cap`` sets how much of the GPU torch may take; memory that the driver manages,
-where paged optimizers keep their state, is not under it and is read beside it::
+where paged optimizers keep their state, is not under it, and is in what the driver says is used::
 
     python bench_gpu.py --sizes 1b 8b              # both sides, batches of 16 x 512 tokens
     python bench_gpu.py --sizes 65b --cap 48 --batch-size 1 --sides skqlora --checkpointing
@@ -16,7 +16,9 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,16 +37,27 @@ SIZES = {  # hidden size, intermediate size, layers, heads, heads of keys and va
 
 def main():
     options = parse_arguments()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "torch sees no CUDA device here. Pass --device cpu --sizes tiny to try it."
+        )
     runs = []
     for size in options.sizes:
         for repeat in range(options.repeats):
             for side in options.sides:
                 print(f"{size}, {side}, {repeat}", file=sys.stderr)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    figures = pool.apply(SIDES[side], (size, options))
-                runs.append({"size": size, "side": side} | figures)
+                    figures = pool.apply(run, (side, size, options))
+                runs.append({"size": size, "side": side} | shape(options) | figures)
+                options.output.write_text(json.dumps(runs, indent=1))
     print_table(runs, options)
-    options.output.write_text(json.dumps(runs, indent=1))
+
+
+def shape(options):
+    """Name what a run was of, beside its size and side."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    names = ("batch_size", "tokens", "checkpointing", "cap")
+    return {name: getattr(options, name) for name in names} | {"device": name}
 
 
 def parse_arguments():
@@ -131,7 +144,23 @@ def quantized(block, dtype):
 # The two sides
 
 
-def run_ours(size, options):
+def run(side, size, options):
+    """Train on one side, and measure, or say that memory was too short."""
+    device = start(options)
+    with used_on_the_device(options) as used:
+        try:
+            figures = SIDES[side](size, options, device)
+        except torch.OutOfMemoryError:
+            figures = {"out_of_memory": True}
+    if options.device == "cuda":
+        figures |= {
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "used_gb": max(used, default=0) / 1e9,
+        }
+    return figures
+
+
+def run_ours(size, options, device):
     """Train with this package."""
     import numpy as np
 
@@ -143,7 +172,6 @@ def run_ours(size, options):
     from skqlora.model import TextClassifierModel
     from skqlora.training import Trainer, TrainingSettings
 
-    device = start(options)
     module = make_base(size, device)
     spec = BackboneSpec(f"random-{size}", None, "nf4", True, torch.bfloat16, device)
     freeze(module, spec.compute_dtype)
@@ -193,17 +221,16 @@ def run_ours(size, options):
         checkpointing=options.checkpointing,
     )
     print(estimate, file=sys.stderr)
-    return figures(seconds, options) | {"estimate_gb": estimate.resident / 1e9}
+    return rate(seconds, options) | {"estimate_gb": estimate.resident / 1e9}
 
 
-def run_peer(size, options):
+def run_peer(size, options, device):
     """Train with transformers' Trainer and PEFT."""
     import transformers
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
     transformers.logging.set_verbosity_error()
-    device = start(options)
     config = make_config(size)
     config.num_labels, config.num_hidden_layers = N_CLASSES, 0
     model = LlamaForSequenceClassification(config).to(device)
@@ -243,7 +270,7 @@ def run_peer(size, options):
             use_cpu=device.type == "cpu",
         )
         Trainer(model, arguments, train_dataset=dataset, callbacks=[Clock()]).train()
-    return figures(seconds, options)
+    return rate(seconds, options)
 
 
 SIDES = {"skqlora": run_ours, "Trainer + PEFT": run_peer}
@@ -272,16 +299,29 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def figures(seconds, options):
-    """Collect the rate and the peak memory: what torch took, and what the driver says is used."""
-    result = {
-        "tokens_per_s": options.batch_size * options.tokens / statistics.median(seconds[1:]),
-    }
+def rate(seconds, options):
+    """Turn the seconds of the updates, of which the first warms up, into tokens a second."""
+    return {"tokens_per_s": options.batch_size * options.tokens / statistics.median(seconds[1:])}
+
+
+@contextmanager
+def used_on_the_device(options, period=0.1):
+    """Read again and again how many bytes the driver says are used, of all processes."""
+    used, over = [], threading.Event()
+
+    def read():
+        while not over.wait(period):
+            free, total = torch.cuda.mem_get_info()
+            used.append(total - free)
+
+    watch = threading.Thread(target=read, daemon=True)
     if options.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        result["used_gb"] = (total - free) / 1e9  # at the end, with managed memory and the context
-    return result
+        watch.start()
+    yield used
+    over.set()
+
+
+MEMORY = ("peak_gb", "used_gb", "estimate_gb")
 
 
 def print_table(runs, options):
@@ -291,12 +331,12 @@ def print_table(runs, options):
     print(
         f"{name}{capped}; {shape}, checkpointing {options.checkpointing}, torch {torch.__version__}"
     )
-    print("\n| base | side | tokens/s | peak, GB | used on the device, GB | estimate, GB |")
+    print("\n| base | side | tokens/s | peak of torch, GB | of the device, GB | estimate, GB |")
     print("|---|---|---|---|---|---|")
     for run in runs:
         cells = [
-            f"{run[key]:.1f}" if key in run else "-"
-            for key in ("tokens_per_s", "peak_gb", "used_gb", "estimate_gb")
+            "out of memory" if "out_of_memory" in run else f"{run['tokens_per_s']:,.0f}",
+            *(f"{run[key]:.1f}" if key in run else "-" for key in MEMORY),
         ]
         print(f"| {run['size']} | {run['side']} | {' | '.join(cells)} |")
 

@@ -265,6 +265,7 @@ def fit_and_score(model, data, key):
         "trained": n_trained,
         "bytes": n_bytes,
         "peak_mb": peak_megabytes(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     } | score(table, classifier.predict_proba, classifier.classes_)
 
 
@@ -298,7 +299,8 @@ def peak_megabytes():
 def print_task(task, runs):
     """Print a table of one task's runs: means over seeds, and the deviation of the scores."""
     metric = primary_metric(task)
-    print(f"\n### {task}\n")
+    devices = ", ".join(sorted({run.get("device", "CPU") for run in runs}))
+    print(f"\n### {task}{'' if devices == 'CPU' else f', on {devices}'}\n")
     print(
         "| method | seeds | accuracy, % | macro-F1, % | fit, s | trained | saved, MB | peak, MB |"
     )
