@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -131,8 +132,8 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # hub, network, JSON and registry errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if is_offline_mode() and not Path(model).exists():  # transformers' reason is the network
-            reason = "HF_HUB_OFFLINE forbids to download it, and it was not downloaded before."
+        if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
+            reason = "It is not in the Hub's cache, and HF_HUB_OFFLINE forbids to download it."
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
             "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "

@@ -4,6 +4,7 @@ Knows nothing of how a model is trained.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -32,10 +33,9 @@ from skqlora.saved_format import (
     scores_to_json,
     typed,
 )
-from skqlora.versions import installed_version
 
 MANIFEST, TENSORS = "checkpoint.json", "checkpoint.safetensors"
-PACKAGES = ("skqlora", "torch", "bitsandbytes", "numpy")  # another version may compute otherwise
+PACKAGES = ("torch", "bitsandbytes", "numpy")  # another version may compute otherwise
 # What changes nothing of what is trained.
 IRRELEVANT = {"verbose", "checkpoint_dir", "checkpoint_every"}
 
@@ -117,11 +117,12 @@ class Checkpoints:
     """
 
     def __init__(self, estimator: Any, identity: Any, n_threads: int):
+        from skqlora import __version__
         from skqlora.processes import lock_of_machine  # loads torch
 
         params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
-        versions = [installed_version(name) for name in PACKAGES]
+        versions = [__version__, *map(importlib.metadata.version, PACKAGES)]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
         self._n_threads = n_threads

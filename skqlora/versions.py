@@ -34,7 +34,7 @@ def show_versions() -> None:
             "executable": sys.executable,
             "machine": platform.platform(),
         },
-        "Python dependencies": {name: installed_version(name) for name in PACKAGES},
+        "Python dependencies": {name: _version(name) for name in PACKAGES},
         "torch": {
             "threads": torch.get_num_threads(),
             "cpu capability": torch.backends.cpu.get_cpu_capability(),
@@ -50,8 +50,7 @@ def show_versions() -> None:
             print(f"{name:>15}: {value}")
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of a package, or None for one that was not installed, as a bare clone."""
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

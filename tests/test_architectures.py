@@ -117,6 +117,19 @@ def test_folder_with_a_broken_configuration_is_refused(tmp_path):
         check_architecture(str(tmp_path), None, quantized=True)
 
 
+def test_offline_the_reason_is_that_of_what_is_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--me--odd"
+    (cached / "snapshots" / "c0ffee").mkdir(parents=True)
+    (cached / "snapshots" / "c0ffee" / "config.json").write_text('{"model_type": "odd"}')
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0ffee")
+    with pytest.raises(ValueError, match=r"could not be read: .*`odd`"):
+        check_architecture("me/odd", None, quantized=True)
+    with pytest.raises(ValueError, match=r"could not be read: It is not in the Hub's cache"):
+        check_architecture("me/other", None, quantized=True)
+
+
 def test_folder_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"model='no/such/folder' is a folder that does not"):
         check_architecture("no/such/folder", None, quantized=True)

@@ -30,7 +30,10 @@ from skqlora.finetuning import backbone_spec
 from skqlora.optimizer import PagedPool
 from skqlora.training import Trainer, predict_logits
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Another process has loaded a base"),  # with pytest -n
+]
 
 TARGETS = np.arange(16) % 3
 # Llama-shaped, 103 M parameters in linear layers: weights outweigh activations.

@@ -7,24 +7,28 @@ a fresh process. ``--cap`` sets how much of the GPU torch may take; memory that 
 where paged optimizers keep their state, is not under it, and is in what the driver says is used::
 
     python bench_gpu.py --sizes 1b 8b              # both sides, batches of 16 x 512 tokens
-    python bench_gpu.py --sizes 65b --cap 48 --batch-size 1 --sides skqlora --checkpointing
+    python bench_gpu.py --sizes 65b --cap 48 --batch-size 1 --updates 4 --sides skqlora \
+        --checkpointing
 """
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tasks import in_fresh_process
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
 N_CLASSES = 4
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 SIZES = {  # hidden size, intermediate size, layers, heads, heads of keys and values
     "tiny": (64, 128, 2, 4, 2),
     "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
@@ -46,18 +50,16 @@ def main():
         for repeat in range(options.repeats):
             for side in options.sides:
                 print(f"{size}, {side}, {repeat}", file=sys.stderr)
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    figures = pool.apply(run, (side, size, options))
-                runs.append({"size": size, "side": side} | shape(options) | figures)
+                figures = in_fresh_process(run, side, size, options)
+                runs.append({"size": size, "side": side} | run_settings(options) | figures)
                 options.output.write_text(json.dumps(runs, indent=1))
     print_table(runs, options)
 
 
-def shape(options):
-    """Name what a run was of, beside its size and side."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    names = ("batch_size", "tokens", "checkpointing", "cap")
-    return {name: getattr(options, name) for name in names} | {"device": name}
+def run_settings(options):
+    """Return what a run was of, beside its size and side."""
+    names = ("batch_size", "tokens", "updates", "checkpointing", "cap")
+    return {name: getattr(options, name) for name in names}
 
 
 def parse_arguments():
@@ -147,17 +149,20 @@ def quantized(block, dtype):
 def run(side, size, options):
     """Train on one side, and measure, or say that memory was too short."""
     device = start(options)
-    with used_on_the_device(options) as used:
+    with used_on_the_device(options) as used, warnings.catch_warnings():
+        # This package would go on with less at once, which is not what is compared.
+        warnings.filterwarnings("error", "Out of memory", RuntimeWarning)
         try:
             figures = SIDES[side](size, options, device)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeWarning):
             figures = {"out_of_memory": True}
     if options.device == "cuda":
         figures |= {
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "used_gb": max(used, default=0) / 1e9,
+            "used_gb": max(used) / 1e9,
+            "device": torch.cuda.get_device_name(),
         }
-    return figures
+    return figures | {"versions": {name: version(name) for name in PACKAGES}}
 
 
 def run_ours(size, options, device):
@@ -306,19 +311,27 @@ def rate(seconds, options):
 
 @contextmanager
 def used_on_the_device(options, period=0.1):
-    """Read again and again how many bytes the driver says are used, of all processes."""
+    """Read every tenth of a second how many bytes the driver says are used, of all processes."""
     used, over = [], threading.Event()
 
     def read():
-        while not over.wait(period):
-            free, total = torch.cuda.mem_get_info()
-            used.append(total - free)
+        free, total = torch.cuda.mem_get_info()
+        used.append(total - free)
 
-    watch = threading.Thread(target=read, daemon=True)
+    def watch():
+        while not over.wait(period):
+            read()
+
+    watcher = threading.Thread(target=watch, daemon=True)
     if options.device == "cuda":
-        watch.start()
-    yield used
-    over.set()
+        watcher.start()
+    try:
+        yield used
+    finally:
+        over.set()
+    if options.device == "cuda":
+        watcher.join()
+        read()
 
 
 MEMORY = ("peak_gb", "used_gb", "estimate_gb")

@@ -283,13 +283,13 @@ def size_of(classifier):
 
 
 def device_name():
-    """Name the GPU that everything but TF-IDF and logistic regression is computed on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    """Name the GPU if the run has used it, which TF-IDF does not."""
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else "CPU"
 
 
 def peak_megabytes():
     """Return the most memory that the process, or torch on the GPU, had in use."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says there includes the parent's, of before this process
@@ -312,7 +312,7 @@ def print_task(task, runs):
         "| on |"
     )
     print("|---" * 9 + "|")
-    for method, mine in by(runs, "method").items():
+    for (method, device), mine in by_method_and_device(runs).items():
         values = {name: np.array([run[name] for run in mine]) for name in FIGURES}
         cells = [
             str(len(mine)),
@@ -322,9 +322,17 @@ def print_task(task, runs):
             f"{values['trained'].mean():,.0f}",
             f"{values['bytes'].mean() / 1e6:.1f}",
             f"{values['peak_mb'].mean():.0f}",
-            ", ".join(sorted({run.get("device", "CPU") for run in mine})),
+            device,
         ]
         print(f"| {method} | {' | '.join(cells)} |")
+
+
+def by_method_and_device(runs):
+    """Group runs so that seconds and megabytes of different devices are not averaged."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["run"]["method"], run.get("device", "CPU")].append(run)
+    return groups
 
 
 def by(runs, name):
