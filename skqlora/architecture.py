@@ -133,7 +133,7 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
     except Exception as error:  # hub, network, JSON and registry errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = "It is not in the Hub's cache, and HF_HUB_OFFLINE forbids to download it."
+            reason = "It is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
             "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
