@@ -353,21 +353,19 @@ def with_deviation(values, bold):
 def print_overview(runs):
     """Print the primary metric of each task, and ranks among the methods that train little."""
     scores = primary_scores(runs)
-    tasks = by(runs, "task")
+    tasks, methods = by(runs, "task"), by(runs, "method")
     means = {
-        (method, task): np.mean(list(of_seeds.values()))
+        (method, task): f"{100 * np.mean(list(of_seeds.values())):.1f}"
         for (method, task), of_seeds in scores.items()
     }
-    print("\n### Over all\n")
     ranks, ranked = mean_ranks(scores, tasks)
-    print(f"| method | {' | '.join(tasks)} | mean rank |")
-    print("|---" * (len(tasks) + 2) + "|")
-    for method in by(runs, "method"):
-        cells = [
-            f"{100 * means[method, task]:.1f}" if (method, task) in means else "" for task in tasks
-        ]
-        rank = f"{ranks[method]:.1f}" if method in ranks else ""
-        print(f"| {method} | {' | '.join(cells)} | {rank} |")
+    print("\n### Over all\n")
+    print(f"| task | {' | '.join(methods)} |")
+    print("|---" * (len(methods) + 1) + "|")
+    for task in tasks:
+        print(f"| {task} | {' | '.join(means.get((method, task), '') for method in methods)} |")
+    of_methods = (f"{ranks[method]:.1f}" if method in ranks else "" for method in methods)
+    print(f"| mean rank | {' | '.join(of_methods)} |")
     if ranked:
         print(f"\nMean rank of {len(CHEAP)} methods over {', '.join(ranked)}; ties share a rank.")
     for other in ("LoRA", "LoRA in float32", "full fine-tuning", "frozen + LR"):
