@@ -1,9 +1,9 @@
 """Fine-tune a 4-bit language model for text classification behind one scikit-learn estimator."""
 
-from skqlora.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.classifier import QLoRAClassifier
 from skqlora.display import LossCurveDisplay
 from skqlora.estimate import estimate_memory
+from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.versions import show_versions
 
 __all__ = [

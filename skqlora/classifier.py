@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from skqlora.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_callbacks
-from skqlora.constraints import PARAMETER_CONSTRAINTS
-from skqlora.fitting import fit_epochs, fit_piece
-from skqlora.inputs import (
+from skqlora.prediction import PredictionMixin
+from skqlora.saving import PersistenceMixin
+from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
+from skqlora.text.inputs import (
     LabelledTexts,
     check_classes,
     check_labelled_texts,
@@ -16,8 +16,8 @@ from skqlora.inputs import (
     is_validation_given,
     refuse_other_classes,
 )
-from skqlora.persistence import PersistenceMixin
-from skqlora.prediction import PredictionMixin
+from skqlora.training.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin, with_callbacks
+from skqlora.training.epochs import fit_epochs, fit_piece
 
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
 

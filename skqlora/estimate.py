@@ -4,8 +4,8 @@ from numbers import Integral
 
 from sklearn.utils.validation import check_scalar
 
+from skqlora._utils.libraries import import_libraries
 from skqlora.classifier import QLoRAClassifier
-from skqlora.quiet import import_libraries
 
 
 def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
@@ -68,6 +68,6 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     clf = QLoRAClassifier(model, **params)
     clf._validate_params()
     import_libraries()
-    from skqlora.finetuning import estimate_fit
+    from skqlora.training.setup import estimate_fit
 
     return estimate_fit(clf, n_classes)

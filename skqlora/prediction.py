@@ -8,8 +8,8 @@ import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.utils.validation import check_is_fitted
 
-from skqlora.inputs import PREDICTION_CHUNK
-from skqlora.quiet import import_libraries
+from skqlora._utils.libraries import import_libraries
+from skqlora.text.inputs import PREDICTION_CHUNK
 
 
 class PredictionMixin:
@@ -118,6 +118,6 @@ class PredictionMixin:
             return np.concatenate([self._logits(chunk) for chunk in chunks] or [self._logits([])])
         texts = self._check_texts(X, reset=False)
         import_libraries()
-        from skqlora.finetuning import compute_logits
+        from skqlora.training.setup import compute_logits
 
         return compute_logits(self, self.adapter_, texts)

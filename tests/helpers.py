@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from skqlora import QLoRAClassifier
 from skqlora.adapter import LoraSettings
-from skqlora.backbone import BackboneSpec, describe_files
-from skqlora.cache import get_backbone
-from skqlora.data import TokenizedTexts
-from skqlora.model import TextClassifierModel
-from skqlora.training import Trainer, TrainingSettings
+from skqlora.model.backbone import BackboneSpec, describe_files
+from skqlora.model.cache import get_backbone
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.text.batches import TokenizedTexts
+from skqlora.training.trainer import Trainer, TrainingSettings
 
 LORA = LoraSettings(
     r=4,

@@ -10,8 +10,8 @@ import torch
 from helpers import make_classifier
 from torch import distributed
 
-from skqlora.distributed import Ranks
-from skqlora.training import Trainer
+from skqlora.training.distributed import Ranks
+from skqlora.training.trainer import Trainer
 
 CASES = {
     "dropout": {"lora_dropout": 0.3},

@@ -14,8 +14,8 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 
 import skqlora
 from skqlora import backbone_cache_info, clear_backbone_cache
-from skqlora.clones import AdaptedClone
-from skqlora.fingerprint import fingerprint_source
+from skqlora.model.fingerprint import fingerprint_source
+from skqlora.model.replicas import AdaptedClone
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_whatever_changes_a_base_makes_another(encoder, change):
 
 def test_attention_kernel_is_the_one_that_was_asked_for(encoder, corpus):
     eager = make_classifier(encoder, attn_implementation="eager").fit(*corpus)
-    (backbone,) = skqlora.cache._cache._bases.values()
+    (backbone,) = skqlora.model.cache._cache._bases.values()
     assert backbone.module.config._attn_implementation == "eager"
     other = make_classifier(encoder).fit(*corpus)
     assert eager.loss_curve_ == pytest.approx(other.loss_curve_, rel=1e-3)
@@ -97,7 +97,7 @@ def test_base_used_longest_ago_goes_first(tiny_model, monkeypatch):
 def test_without_a_setting_half_of_the_memory_is_the_limit(tiny_model, monkeypatch):
     size = make_backbone(tiny_model("bert")).nbytes
     clear_backbone_cache()
-    monkeypatch.setattr("skqlora.cache._memory", lambda device: size)
+    monkeypatch.setattr("skqlora.model.cache._memory", lambda device: size)
     make_backbone(tiny_model("electra"))
     base = make_backbone(tiny_model("bert"))  # larger than half, but used last
     assert backbone_cache_info().n_backbones == 1
@@ -164,7 +164,7 @@ def test_nothing_is_kept_of_a_load_that_failed(model, monkeypatch):
         raise RuntimeError("half-built")
 
     with monkeypatch.context() as patch:
-        patch.setattr("skqlora.backbone.freeze", fail)
+        patch.setattr("skqlora.model.backbone.freeze", fail)
         with pytest.raises(RuntimeError, match="half-built"):
             make_backbone(model)
     assert backbone_cache_info().n_backbones == 0
@@ -173,7 +173,7 @@ def test_nothing_is_kept_of_a_load_that_failed(model, monkeypatch):
 
 
 def test_bases_make_room_where_an_accelerator_is_full(encoder, decoder, monkeypatch):
-    from skqlora.backbone import Backbone
+    from skqlora.model.backbone import Backbone
 
     load, attempts = Backbone.load, []
 
@@ -214,7 +214,7 @@ def test_changed_folder_is_loaded_again(encoder, tiny_model, tmp_path, monkeypat
 
 
 def test_folder_that_changes_while_it_is_read_is_refused(encoder, tmp_path, monkeypatch):
-    from skqlora import fingerprint
+    from skqlora.model import fingerprint
 
     folder = copytree(encoder, tmp_path / "model")
     read = fingerprint._tensor_digest

@@ -21,8 +21,8 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_parameters_default_constructible
 
 from skqlora import QLoRAClassifier
-from skqlora.finetuning import training_settings
-from skqlora.training import predict_logits
+from skqlora.training.setup import training_settings
+from skqlora.training.trainer import predict_logits
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -113,7 +113,9 @@ def test_fit_in_a_used_process_equals_one_in_a_fresh_process(
     make_classifier(model, quantization=None).fit(texts, labels)
     for error in (RuntimeError, KeyboardInterrupt):
         with monkeypatch.context() as patch:
-            patch.setattr("skqlora.training.Trainer._refuse_divergence", Mock(side_effect=error))
+            patch.setattr(
+                "skqlora.training.trainer.Trainer._refuse_divergence", Mock(side_effect=error)
+            )
             with pytest.raises(error):
                 other.fit(texts, labels)
     used = make_classifier(model, compute_dtype=dtype).fit(texts, labels)
@@ -165,7 +167,7 @@ def test_failed_fit_leaves_the_old_one(model, corpus, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("skqlora.training.Trainer._apply", fail)
+        patch.setattr("skqlora.training.trainer.Trainer._apply", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             clf.fit(texts, ["x", "y"] * 24)
     np.testing.assert_array_equal(clf.predict_proba(texts), expected)
@@ -203,7 +205,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr("skqlora.backbone.Backbone.load", load)
+    monkeypatch.setattr("skqlora.model.backbone.Backbone.load", load)
 
 
 TWO = (["one text", "another"], ["a", "b"])
@@ -390,8 +392,8 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
         computed.append(len(tokens))
         return predict_logits(model, tokens)
 
-    monkeypatch.setattr("skqlora.finetuning.predict_logits", noting)
-    monkeypatch.setattr("skqlora.finetuning.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.training.setup.predict_logits", noting)
+    monkeypatch.setattr("skqlora.training.setup.PREDICTION_CHUNK", 20)
     repeated = np.array(texts, dtype=object).repeat(3)
     probabilities = clf.predict_proba(repeated)
     np.testing.assert_allclose(probabilities, expected.repeat(3, axis=0), rtol=0, atol=1e-6)

@@ -21,13 +21,13 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from skqlora import clones as clones_module
 from skqlora.adapter import TextSettings
-from skqlora.architecture import check_architecture
-from skqlora.clones import AdaptedClone, ClonePool, targeted_modules
-from skqlora.flat import FlatParameters
-from skqlora.model import TextClassifierModel
-from skqlora.training import predict_logits
+from skqlora.model import replicas as clones_module
+from skqlora.model.architecture import check_architecture
+from skqlora.model.flat import FlatParameters
+from skqlora.model.replicas import AdaptedClone, ClonePool, targeted_modules
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.training.trainer import predict_logits
 
 
 @pytest.fixture

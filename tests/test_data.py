@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from skqlora.data import TokenizedTexts, prediction_batches, training_batches
+from skqlora.text.batches import TokenizedTexts, prediction_batches, training_batches
 
 
 def test_batch_is_padded_on_the_right_to_its_longest_row():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from helpers import assert_equal_adapters, make_classifier
 
-from skqlora.early_stopping import hold_out
-from skqlora.inputs import check_labelled_texts
+from skqlora.text.inputs import check_labelled_texts
+from skqlora.training.early_stopping import hold_out
 
 
 @pytest.mark.parametrize("scoring", [None, "loss", "f1_macro", lambda est, X, y: est.score(X, y)])
@@ -84,7 +84,7 @@ def test_what_is_wrong_with_a_scorer_shows_before_the_training(
     def train(*_):
         raise AssertionError("trained")
 
-    monkeypatch.setattr("skqlora.training.Trainer.train_epoch", train)
+    monkeypatch.setattr("skqlora.training.trainer.Trainer.train_epoch", train)
     clf = make_classifier(encoder, early_stopping=True, scoring=scoring)
     with pytest.raises(error, match=message):
         clf.fit(*corpus, sample_weight=np.arange(48))

@@ -29,9 +29,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GridSearchCV
 
-from skqlora.model import TextClassifierModel
-from skqlora.saved_format import checksum
-from skqlora.training import Trainer
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.persistence.saved_format import checksum
+from skqlora.training.trainer import Trainer
 
 
 def spoil_update(monkeypatch, number):
@@ -105,7 +105,7 @@ import os, signal, sys
 import torch
 sys.path.insert(0, {tests!r})
 from helpers import make_classifier
-from skqlora.training import Trainer
+from skqlora.training.trainer import Trainer
 import tiny
 
 torch.set_num_threads({n_threads})
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(encoder, corpu
 
     clf = make_classifier(encoder, **checkpoints)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skqlora.checkpoints.written_folder", full)
+        patch.setattr("skqlora.training.checkpoints.written_folder", full)
         with pytest.warns(RuntimeWarning, match="could not be written: .*No space left"):
             clf.fit(*corpus)
     assert_equal_adapters(clf, expected)
@@ -312,7 +312,7 @@ def test_a_lock_that_cannot_be_had_or_removed_ends_no_fit(encoder, corpus, check
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    for name in ("filelock.FileLock.acquire", "skqlora.checkpoints.os.unlink"):
+    for name in ("filelock.FileLock.acquire", "skqlora.training.checkpoints.os.unlink"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(name, refuse)
             clf = make_classifier(encoder, **checkpoints).fit(*corpus)

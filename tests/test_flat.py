@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from skqlora.flat import FlatParameters
-from skqlora.optimizer import make_optimizer
+from skqlora.model.flat import FlatParameters
+from skqlora.training.optimizer import make_optimizer
 
 
 def make_parameters():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from skqlora.folders import find_aside, written_folder
+from skqlora.persistence.folders import find_aside, written_folder
 
 NAMES = ("a", "b")
 

@@ -26,9 +26,9 @@ from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
 from skqlora.adapter import TextSettings
-from skqlora.finetuning import backbone_spec
-from skqlora.optimizer import PagedPool
-from skqlora.training import Trainer, predict_logits
+from skqlora.training.optimizer import PagedPool
+from skqlora.training.setup import backbone_spec
+from skqlora.training.trainer import Trainer, predict_logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -220,7 +220,9 @@ def test_predictions_depend_on_the_batch_by_rounding_alone(medium):
 def test_base_that_does_not_fit_on_one_gpu_is_spread_over_two(medium, monkeypatch):
     alone = make_model(cuda_backbone(medium), lora_dropout=0.1)
     free = torch.cuda.mem_get_info(0)[0]
-    monkeypatch.setattr("skqlora.backbone.SHARE_OF_WEIGHTS", 0.6 * alone.backbone.nbytes / free)
+    monkeypatch.setattr(
+        "skqlora.model.backbone.SHARE_OF_WEIGHTS", 0.6 * alone.backbone.nbytes / free
+    )
     both = make_model(cuda_backbone(medium, spread=True), lora_dropout=0.1)
     assert {p.device.index for p in both.encoder.parameters()} == {0, 1}
     assert len(both.clone.segments) == 2
@@ -244,7 +246,7 @@ def test_estimators_that_are_kept_take_no_gpu_memory_paged_or_not(medium, corpus
     monkeypatch.setattr(
         bnb.functional, "get_paged", lambda *a, **k: paged.append(a) or allocate(*a, **k)
     )
-    monkeypatch.setattr("skqlora.optimizer.paged_pool", PagedPool())
+    monkeypatch.setattr("skqlora.training.optimizer.paged_pool", PagedPool())
 
     def fit(seed):
         clf = make_classifier(medium, device="cuda", random_state=seed, num_train_epochs=1)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import scipy.sparse
 
-from skqlora.inputs import check_labels, check_texts
+from skqlora.text.inputs import check_labels, check_texts
 
 TEXTS = ["one", "two"]
 

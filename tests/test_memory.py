@@ -11,14 +11,14 @@ import torch
 from helpers import LORA, make_backbone, make_classifier, make_model
 from torch.autograd.graph import saved_tensors_hooks
 
-import skqlora.finetuning
+import skqlora.training.setup
 from skqlora import estimate_memory
-from skqlora.architecture import check_architecture
-from skqlora.backbone import _count_bytes
-from skqlora.cache import backbone_cache_info, clear_backbone_cache
-from skqlora.memory import AUTO_SHARE, REFUSED_SHARE, estimate_training, free_memory
-from skqlora.recompute import checkpointed_blocks
-from skqlora.training import Trainer
+from skqlora.memory.estimate import AUTO_SHARE, REFUSED_SHARE, estimate_training, free_memory
+from skqlora.model.architecture import check_architecture
+from skqlora.model.backbone import _count_bytes
+from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
+from skqlora.training.recompute import checkpointed_blocks
+from skqlora.training.trainer import Trainer
 
 
 def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
@@ -226,13 +226,13 @@ def test_auto_checkpoints_only_where_memory_is_short(model, corpus, memory, monk
     clf = make_classifier(model, num_train_epochs=1)
     clf.fit(*corpus)
     needed = []
-    inner = skqlora.finetuning.estimate_training
+    inner = skqlora.training.setup.estimate_training
 
     def spy(*args, **kwargs):
         needed.append(inner(*args, **kwargs))
         return needed[-1]
 
-    monkeypatch.setattr(skqlora.finetuning, "estimate_training", spy)
+    monkeypatch.setattr(skqlora.training.setup, "estimate_training", spy)
     backbone = make_backbone(model)
     memory(0)
     with pytest.raises(MemoryError):
@@ -261,7 +261,7 @@ def test_what_is_idle_is_freed_before_a_fit_is_refused(encoder, decoder, corpus,
 
 
 def test_free_memory_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr("skqlora.memory.CGROUP", tmp_path)
+    monkeypatch.setattr("skqlora.memory.estimate.CGROUP", tmp_path)
     cpu = torch.device("cpu")
     assert free_memory(cpu) > 1e6  # no container
     (tmp_path / "memory.max").write_text("max\n")

@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
 from skqlora.adapter import TextSettings
-from skqlora.tokenization import load_tokenizer
-from skqlora.training import predict_logits
+from skqlora.text.tokenization import load_tokenizer
+from skqlora.training.trainer import predict_logits
 
 MINILM = str(get_model_path())
 UNSEEN = {

@@ -24,10 +24,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from skqlora.adapter import TextSettings
-from skqlora.clones import peft_config
-from skqlora.lora_layer import FusedLinear4bit
-from skqlora.model import RowClock, RowDropout, pool
-from skqlora.training import predict_logits
+from skqlora.model.lora_layer import FusedLinear4bit
+from skqlora.model.replicas import peft_config
+from skqlora.model.text_classifier import RowClock, RowDropout, pool
+from skqlora.training.trainer import predict_logits
 
 
 def test_pooling_ignores_padding():

@@ -2,8 +2,8 @@
 
 import torch
 
-from skqlora import optimizer as optimizer_module
-from skqlora.optimizer import PagedPool
+from skqlora.training import optimizer as optimizer_module
+from skqlora.training.optimizer import PagedPool
 
 
 def test_pool_gives_the_smallest_fitting_buffer_zeroed(monkeypatch):

@@ -37,7 +37,7 @@ from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
-from skqlora.saved_format import ALL_FILES, FILES, checksum
+from skqlora.persistence.saved_format import ALL_FILES, FILES, checksum
 
 DIGEST_OF_VERSION_1 = "095d4af9b9c85dd401d2defbafcd56ba3380bcbe538c0ab488e33295ba457728"
 TENSOR_FILES = (FILES.adapter, FILES.head)

@@ -24,13 +24,13 @@ from helpers import (
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
-from skqlora import state_store
-from skqlora.cache import clear_backbone_cache
-from skqlora.clones import targeted_modules
-from skqlora.layers import modules_in_layers, transformer_blocks
-from skqlora.prefix import _PrefixRun, cached_prefix
-from skqlora.state_store import MEMORY_SHARE
-from skqlora.training import Trainer
+from skqlora.model.blocks import modules_in_layers, transformer_blocks
+from skqlora.model.cache import clear_backbone_cache
+from skqlora.model.replicas import targeted_modules
+from skqlora.training import state_store
+from skqlora.training.prefix import _PrefixRun, cached_prefix
+from skqlora.training.state_store import MEMORY_SHARE
+from skqlora.training.trainer import Trainer
 
 TARGETS = np.arange(32) % 3
 STACKED = [family for family in [*tiny.DECODERS, *tiny.ENCODERS] if family != "albert"]
@@ -175,7 +175,7 @@ def test_a_cache_in_bfloat16(deep, texts, labels):
 @pytest.fixture
 def no_memory(monkeypatch):
     """Let a file be the only place for what is cached."""
-    monkeypatch.setattr("skqlora.state_store.free_memory", lambda device: 0)
+    monkeypatch.setattr("skqlora.training.state_store.free_memory", lambda device: 0)
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: SimpleNamespace(available=10**10, total=10**10)
     )
@@ -217,7 +217,7 @@ def test_memory_for_later_fits_is_bounded(deep, texts, labels, monkeypatch):
     one_fit = state_store._count_kept()
     # As much as one fit, whatever is held: a second on other texts forgets the first's.
     monkeypatch.setattr(
-        "skqlora.state_store.free_memory",
+        "skqlora.training.state_store.free_memory",
         lambda device: one_fit / MEMORY_SHARE - state_store._count_kept(),
     )
     make_classifier(deep, layers=1).fit(texts[20:44], labels[20:44])
@@ -228,7 +228,9 @@ def test_memory_for_later_fits_is_bounded(deep, texts, labels, monkeypatch):
 
 def test_threads_share_the_bound(deep, monkeypatch):
     backbone = make_backbone(deep)
-    monkeypatch.setattr("skqlora.state_store.free_memory", lambda device: 1000 / MEMORY_SHARE)
+    monkeypatch.setattr(
+        "skqlora.training.state_store.free_memory", lambda device: 1000 / MEMORY_SHARE
+    )
     with (
         state_store.reserved_memory(600, backbone, {}) as first,
         state_store.reserved_memory(600, backbone, {}) as second,

@@ -6,8 +6,8 @@ from helpers import make_classifier, trained_values
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from skqlora import probe
-from skqlora.probe import choose_probe_rows, fit_probe
+from skqlora.training import probe
+from skqlora.training.probe import choose_probe_rows, fit_probe
 
 
 @pytest.fixture

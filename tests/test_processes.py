@@ -16,8 +16,9 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from skqlora import backbone_cache_info, processes
-from skqlora.processes import lock_of_machine, warn_if_gpu_is_shared
+from skqlora import backbone_cache_info
+from skqlora._utils import processes
+from skqlora._utils.processes import lock_of_machine, warn_if_gpu_is_shared
 
 
 def run(script, *arguments):
@@ -133,7 +134,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 HOLD = (
-    "from skqlora.processes import lock_of_machine; lock = lock_of_machine('GPU-0123')\n"
+    "from skqlora._utils.processes import lock_of_machine; lock = lock_of_machine('GPU-0123')\n"
     "lock.acquire(); print(flush=True); input()"
 )
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from helpers import make_classifier
 
-from skqlora import QLoRAClassifier, recipe
-from skqlora.finetuning import training_settings
-from skqlora.recipe import AUTO_EPOCHS, AUTO_UPDATES, auto_epochs
+from skqlora import QLoRAClassifier
+from skqlora.settings import recipe
+from skqlora.settings.recipe import AUTO_EPOCHS, AUTO_UPDATES, auto_epochs
+from skqlora.training.setup import training_settings
 
 
 @pytest.mark.parametrize("n_texts", [1, 16, 17, 100, 1000, 1601, 5000, 10**6])

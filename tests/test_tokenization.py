@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from skqlora.adapter import TextSettings
-from skqlora.tokenization import CachingTokenizer
+from skqlora.text.tokenization import CachingTokenizer
 
 CUT = "texts have more than max_length"
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{CUT}")

@@ -19,13 +19,13 @@ from helpers import (
 from transformers import get_scheduler
 
 from skqlora.adapter import TextSettings
-from skqlora.backbone import Backbone
-from skqlora.clones import ClonePool
-from skqlora.data import TokenizedTexts
-from skqlora.layers import transformer_blocks
-from skqlora.model import TextClassifierModel
-from skqlora.recipe import scaled_learning_rate
-from skqlora.training import Trainer, _count_warmup_steps
+from skqlora.model.backbone import Backbone
+from skqlora.model.blocks import transformer_blocks
+from skqlora.model.replicas import ClonePool
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.settings.recipe import scaled_learning_rate
+from skqlora.text.batches import TokenizedTexts
+from skqlora.training.trainer import Trainer, _count_warmup_steps
 
 TARGETS = np.arange(32) % 3
 

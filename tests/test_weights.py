@@ -72,7 +72,7 @@ def test_bad_weights_and_validation_are_refused(encoder, monkeypatch, fit, param
     def load(*_, **__):
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr("skqlora.backbone.Backbone.load", load)
+    monkeypatch.setattr("skqlora.model.backbone.Backbone.load", load)
     with pytest.raises(ValueError, match=message):
         make_classifier(encoder, **params).fit(["one", "two"], ["a", "b"], **fit)
 

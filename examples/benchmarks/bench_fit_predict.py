@@ -126,7 +126,7 @@ def in_fresh_process(function, *arguments):
 def run_ours(model, work, table, seed):
     """Fit and predict with QLoRAClassifier."""
     from skqlora import QLoRAClassifier
-    from skqlora.quiet import import_libraries
+    from skqlora._utils.libraries import import_libraries
 
     import_libraries()
     texts, labels, test_texts, test_labels = table
@@ -141,7 +141,7 @@ def run_ours(model, work, table, seed):
         layers=work.get("layers", "all"),
         random_state=seed,
     )
-    with counted_tokens("skqlora.data.TokenizedTexts.batch") as counts:
+    with counted_tokens("skqlora.text.batches.TokenizedTexts.batch") as counts:
         fit_s = seconds(lambda: clf.fit(texts, labels))
     predicted = []
     predict_s = seconds(lambda: predicted.extend(clf.predict(test_texts)))
@@ -162,8 +162,8 @@ def run_peer(model, work, table, seed):
     from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Trainer
 
     from skqlora import QLoRAClassifier
-    from skqlora.finetuning import backbone_spec
-    from skqlora.recipe import auto_learning_rate
+    from skqlora.settings.recipe import auto_learning_rate
+    from skqlora.training.setup import backbone_spec
 
     transformers.logging.set_verbosity_error()
     texts, labels, test_texts, test_labels = table

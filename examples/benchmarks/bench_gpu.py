@@ -170,12 +170,12 @@ def run_ours(size, options, device):
     import numpy as np
 
     from skqlora.adapter import LoraSettings
-    from skqlora.backbone import Backbone, BackboneSpec, freeze
-    from skqlora.clones import ClonePool
-    from skqlora.data import TokenizedTexts
-    from skqlora.memory import estimate_training
-    from skqlora.model import TextClassifierModel
-    from skqlora.training import Trainer, TrainingSettings
+    from skqlora.memory.estimate import estimate_training
+    from skqlora.model.backbone import Backbone, BackboneSpec, freeze
+    from skqlora.model.replicas import ClonePool
+    from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.text.batches import TokenizedTexts
+    from skqlora.training.trainer import Trainer, TrainingSettings
 
     module = make_base(size, device)
     spec = BackboneSpec(f"random-{size}", None, "nf4", True, torch.bfloat16, device)

@@ -137,9 +137,9 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         from transformers import get_scheduler
 
         from skqlora import QLoRAClassifier
-        from skqlora.data import training_batches
-        from skqlora.finetuning import backbone_spec, training_settings
-        from skqlora.recipe import auto_epochs, scaled_learning_rate
+        from skqlora.settings.recipe import auto_epochs, scaled_learning_rate
+        from skqlora.text.batches import training_batches
+        from skqlora.training.setup import backbone_spec, training_settings
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier(self.model)
@@ -181,7 +181,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
     @torch.no_grad()
     def predict_proba(self, X):
         """Return softmax, or for several labels sigmoid, of the logits."""
-        from skqlora.data import prediction_batches
+        from skqlora.text.batches import prediction_batches
 
         tokens = self._tokenize(X)
         proba = np.empty((len(X), len(self.classes_)))
@@ -220,8 +220,8 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
     def _tokenize(self, X):
         from skqlora.adapter import TextSettings
-        from skqlora.recipe import AUTO_MAX_LENGTH
-        from skqlora.tokenization import load_tokenizer
+        from skqlora.settings.recipe import AUTO_MAX_LENGTH
+        from skqlora.text.tokenization import load_tokenizer
 
         n_tokens = self.encoder_.get_input_embeddings().num_embeddings
         return load_tokenizer(self.model).tokenize(

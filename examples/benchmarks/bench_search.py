@@ -153,7 +153,7 @@ def fits_and_scores_alone(clf, texts, labels, folds):
 @contextmanager
 def counted_injections():
     """Count the times that PEFT puts LoRA layers into a clone."""
-    from skqlora.clones import AdaptedClone
+    from skqlora.model.replicas import AdaptedClone
 
     make = AdaptedClone.__init__
     with patch.object(AdaptedClone, "__init__", autospec=True, side_effect=make) as spy:
@@ -200,8 +200,8 @@ def clear_clones(clf):
 
 
 def backbone_of(clf):
-    from skqlora.cache import get_backbone
-    from skqlora.finetuning import backbone_spec
+    from skqlora.model.cache import get_backbone
+    from skqlora.training.setup import backbone_spec
 
     return get_backbone(backbone_spec(clf))
 
@@ -211,9 +211,9 @@ def backbone_of(clf):
 
 def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
-    from skqlora.finetuning import backbone_spec
-    from skqlora.model import TextClassifierModel
-    from skqlora.tokenization import load_tokenizer
+    from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.text.tokenization import load_tokenizer
+    from skqlora.training.setup import backbone_spec
 
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
     backbone, spec = backbone_of(clf), backbone_spec(clf)
@@ -314,7 +314,9 @@ def bench_used_process(clf, texts, labels):
     few = clone(clf).set_params(num_train_epochs=1)
     clone(few).set_params(lora_r=3).fit(texts[:40], ["a", "b"] * 20).predict(texts)
     clone(few).set_params(compute_dtype="float32", use_dora=True).fit(texts, labels)
-    interrupt = patch("skqlora.training.Trainer._refuse_divergence", side_effect=KeyboardInterrupt)
+    interrupt = patch(
+        "skqlora.training.trainer.Trainer._refuse_divergence", side_effect=KeyboardInterrupt
+    )
     with interrupt, suppress(KeyboardInterrupt):
         clone(few).fit(texts, labels)
     used = digest(clone(few).fit(texts, labels))

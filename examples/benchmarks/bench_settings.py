@@ -29,7 +29,7 @@ from tasks import (
     score,
 )
 
-from skqlora.recipe import HEAD_RATE_FACTOR, auto_learning_rate
+from skqlora.settings.recipe import HEAD_RATE_FACTOR, auto_learning_rate
 
 # The defaults with MiniLM, and what differs from them in one thing each.
 RATE = auto_learning_rate("bert", 384)

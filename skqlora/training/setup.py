@@ -15,6 +15,8 @@ import joblib
 import numpy as np
 import torch
 
+from skqlora._utils.libraries import muted
+from skqlora._utils.processes import refuse_fork_of_threads
 from skqlora.adapter import (
     TEXT_FIELD,
     AdapterState,
@@ -23,31 +25,29 @@ from skqlora.adapter import (
     OptimizerState,
     TextSettings,
 )
-from skqlora.architecture import Architecture, check_architecture, pin_revision
-from skqlora.backbone import BackboneSpec, describe_files
-from skqlora.cache import count_bytes_of, free_what_is_idle, get_backbone
-from skqlora.clones import targeted_modules
-from skqlora.data import TokenizedTexts, rounded_up_length
-from skqlora.device import may_spread, resolve_compute_dtype, resolve_device
-from skqlora.distributed import Ranks
-from skqlora.head_start import refuse_unnamed_classes, start_head
-from skqlora.inputs import PREDICTION_CHUNK, LabelledTexts
-from skqlora.layers import modules_in_layers
-from skqlora.memory import (
+from skqlora.memory.estimate import (
     MemoryEstimate,
     choose_checkpointing,
     estimate_training,
     fits,
     free_memory,
 )
-from skqlora.model import TextClassifierModel, refuse_other_base
-from skqlora.prefix import CachedPrefix, cached_prefix
-from skqlora.processes import refuse_fork_of_threads
-from skqlora.quiet import muted
-from skqlora.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, auto_learning_rate
-from skqlora.tokenization import CachingTokenizer, load_tokenizer
-from skqlora.tracing import UntraceableError
-from skqlora.training import (
+from skqlora.memory.tracing import UntraceableError
+from skqlora.model.architecture import Architecture, check_architecture, pin_revision
+from skqlora.model.backbone import BackboneSpec, describe_files
+from skqlora.model.blocks import modules_in_layers
+from skqlora.model.cache import count_bytes_of, free_what_is_idle, get_backbone
+from skqlora.model.device import may_spread, resolve_compute_dtype, resolve_device
+from skqlora.model.replicas import targeted_modules
+from skqlora.model.text_classifier import TextClassifierModel, refuse_other_base
+from skqlora.settings.recipe import AUTO_MAX_LENGTH, HEAD_RATE_FACTOR, auto_learning_rate
+from skqlora.text.batches import TokenizedTexts, rounded_up_length
+from skqlora.text.inputs import PREDICTION_CHUNK, LabelledTexts
+from skqlora.text.tokenization import CachingTokenizer, load_tokenizer
+from skqlora.training.distributed import Ranks
+from skqlora.training.head_start import refuse_unnamed_classes, start_head
+from skqlora.training.prefix import CachedPrefix, cached_prefix
+from skqlora.training.trainer import (
     Trainer,
     TrainingSettings,
     largest_pass,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skqlora.inputs import LabelledTexts
+from skqlora.text.inputs import LabelledTexts
 
 ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
 

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.libraries import library_lock
 from skqlora.adapter import AdapterState, LoraSettings
-from skqlora.flat import FlatParameters
-from skqlora.lora_layer import FusedLinear4bit
-from skqlora.quiet import library_lock
+from skqlora.model.flat import FlatParameters
+from skqlora.model.lora_layer import FusedLinear4bit
 
 ADAPTER = "default"  # PEFT's own name for the only adapter of a model
 MAX_FREE_CLONES = 8

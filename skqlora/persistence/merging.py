@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.libraries import library_lock
 from skqlora.adapter import AdapterState
-from skqlora.backbone import Backbone
-from skqlora.clones import ADAPTER, drawing_nothing, peft_config, refuse_other_shapes
-from skqlora.peft_format import adapted_modules
-from skqlora.quiet import library_lock
+from skqlora.model.backbone import Backbone
+from skqlora.model.replicas import ADAPTER, drawing_nothing, peft_config, refuse_other_shapes
+from skqlora.persistence.peft_format import adapted_modules
 
 HEADS = {"last": "score", "pooler": "classifier"}  # by pooling, the stock classes' names
 

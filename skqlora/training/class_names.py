@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from skqlora.architecture import read_config
-from skqlora.backbone import Backbone, BackboneSpec
-from skqlora.fingerprint import weight_files
-from skqlora.quiet import muted
-from skqlora.tokenization import CachingTokenizer
+from skqlora._utils.libraries import muted
+from skqlora.model.architecture import read_config
+from skqlora.model.backbone import Backbone, BackboneSpec
+from skqlora.model.fingerprint import weight_files
+from skqlora.text.tokenization import CachingTokenizer
 
 
 def head_of_class_names(

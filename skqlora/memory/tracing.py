@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.libraries import library_lock
 from skqlora.adapter import LoraSettings
-from skqlora.clones import ADAPTER, drop_pooler, peft_config
-from skqlora.flat import ALIGNMENT
-from skqlora.layers import transformer_blocks
-from skqlora.quiet import library_lock
+from skqlora.model.blocks import transformer_blocks
+from skqlora.model.flat import ALIGNMENT
+from skqlora.model.replicas import ADAPTER, drop_pooler, peft_config
 
 # What autocast computes in the lower precision and in float32, of what transformers calls (torch's
 # "Automatic Mixed Precision" page lists all), by the names of the functions.

@@ -12,12 +12,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from skqlora.quiet import library_lock, muted
+from skqlora._utils.libraries import library_lock, muted
 
 if TYPE_CHECKING:
     import torch
 
-    from skqlora.backbone import Backbone, BackboneSpec
+    from skqlora.model.backbone import Backbone, BackboneSpec
 
 LIMIT_VARIABLE = "SKQLORA_BACKBONE_CACHE_BYTES"
 
@@ -89,7 +89,7 @@ class _BackboneCache:
             return backbone
 
     def _load(self, spec: "BackboneSpec", verbose: bool) -> "Backbone":
-        from skqlora.processes import warn_if_gpu_is_shared
+        from skqlora._utils.processes import warn_if_gpu_is_shared
 
         limit = _limit()
         warn_if_gpu_is_shared(spec.device)
@@ -117,7 +117,7 @@ class _BackboneCache:
     def _load_alone_if_memory_is_short(self, spec: "BackboneSpec", verbose: bool) -> "Backbone":
         import torch
 
-        from skqlora.backbone import Backbone
+        from skqlora.model.backbone import Backbone
 
         with muted(progress_bars=verbose):
             try:
@@ -216,7 +216,7 @@ def count_bytes_of(spec: "BackboneSpec") -> int:
 
 def free_what_is_idle(spec: "BackboneSpec") -> None:
     """Forget what is kept for later fits, but for the base of `spec`."""
-    from skqlora import state_store
+    from skqlora.training import state_store
 
     state_store.forget()
     _cache.drop_others(spec)
@@ -232,10 +232,10 @@ def clear_backbone_cache():
     `fit` is using in another thread is freed when that ends.
     """
     if "torch" in sys.modules:  # else nothing was ever loaded
-        from skqlora import state_store
-        from skqlora.architecture import check_architecture
-        from skqlora.tokenization import load_tokenizer
-        from skqlora.tracing import trace_training
+        from skqlora.memory.tracing import trace_training
+        from skqlora.model.architecture import check_architecture
+        from skqlora.text.tokenization import load_tokenizer
+        from skqlora.training import state_store
 
         state_store.forget()
         check_architecture.cache_clear()

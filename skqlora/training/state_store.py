@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from skqlora.backbone import Backbone
-from skqlora.distributed import Ranks
-from skqlora.memory import free_memory
+from skqlora.memory.estimate import free_memory
+from skqlora.model.backbone import Backbone
+from skqlora.training.distributed import Ranks
 
 MEMORY_SHARE = 0.1  # of what memory is free or holds states
 CHUNK = bytes(1 << 20)  # of zeros, written where a file cannot be given its size at once

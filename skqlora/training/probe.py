@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from skqlora.quiet import library_lock
+from skqlora._utils.libraries import library_lock
 
 PROBE_TEXTS = 10_000  # the most that a probe is fitted to
 PROBE_C = 0.03  # of the regression, on features of unit variance

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from skqlora.layers import replaced_forwards, transformer_blocks
+from skqlora.model.blocks import replaced_forwards, transformer_blocks
 
 
 @contextmanager

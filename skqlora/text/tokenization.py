@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from skqlora._utils.libraries import muted
 from skqlora.adapter import TEXT_FIELD, TextSettings
-from skqlora.data import TokenizedTexts
-from skqlora.quiet import muted
+from skqlora.text.batches import TokenizedTexts
 
 PROBES = (
     "",

@@ -29,7 +29,7 @@ from skqlora.adapter import (
     OptimizerState,
     TextSettings,
 )
-from skqlora.peft_format import PREFIX, from_peft_name
+from skqlora.persistence.peft_format import PREFIX, from_peft_name
 
 FORMAT_VERSION = 1
 

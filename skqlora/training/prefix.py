@@ -14,12 +14,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from skqlora import state_store
-from skqlora.backbone import PADDING_TOLERANCE, Backbone
-from skqlora.data import TokenizedTexts, rounded_up_length
-from skqlora.device import is_out_of_memory
-from skqlora.layers import replaced_forwards, transformer_blocks
-from skqlora.model import TextClassifierModel
+from skqlora.model.backbone import PADDING_TOLERANCE, Backbone
+from skqlora.model.blocks import replaced_forwards, transformer_blocks
+from skqlora.model.device import is_out_of_memory
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.text.batches import TokenizedTexts, rounded_up_length
+from skqlora.training import state_store
 
 # Of a pass, all of whose rows are padded to one length. On a CPU the shape of the pass that a text
 # is computed in depends on the text's length alone, so that the same numbers come out whatever

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.utils import check_random_state
 
+from skqlora._utils.libraries import import_libraries
 from skqlora.adapter import AdapterState
-from skqlora.callbacks import FitTasks
-from skqlora.checkpoints import (
+from skqlora.settings.recipe import auto_epochs
+from skqlora.text.inputs import LabelledTexts
+from skqlora.text.weights import apply_class_weight
+from skqlora.training.callbacks import FitTasks
+from skqlora.training.checkpoints import (
     Checkpoint,
     Checkpoints,
     adapter_tensors,
     check_checkpoint_parameters,
     with_tensors,
 )
-from skqlora.early_stopping import EarlyStopping, hold_out
-from skqlora.inputs import LabelledTexts
-from skqlora.quiet import import_libraries
-from skqlora.recipe import auto_epochs
-from skqlora.weights import apply_class_weight
+from skqlora.training.early_stopping import EarlyStopping, hold_out
 
 if TYPE_CHECKING:  # torch and transformers load at first use
-    from skqlora.distributed import Ranks
-    from skqlora.finetuning import Finetuning
+    from skqlora.training.distributed import Ranks
+    from skqlora.training.setup import Finetuning
 
 
 def fit_epochs(
@@ -60,8 +60,8 @@ def fit_epochs(
         If the training diverges; what it was after the last epoch before that is kept.
     """
     import_libraries()
-    from skqlora.distributed import Ranks
-    from skqlora.finetuning import finetuning
+    from skqlora.training.distributed import Ranks
+    from skqlora.training.setup import finetuning
 
     check_checkpoint_parameters(estimator)
     with Ranks.current().one_fit_at_a_time() as ranks:
@@ -120,8 +120,8 @@ def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[st
     It goes on from where an earlier piece left it, as the adapter does.
     """
     import_libraries()
-    from skqlora.distributed import Ranks
-    from skqlora.finetuning import finetuning
+    from skqlora.training.distributed import Ranks
+    from skqlora.training.setup import finetuning
 
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, goes_on))

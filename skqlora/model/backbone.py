@@ -15,9 +15,15 @@ import torch
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 
 from skqlora.adapter import AdapterState, Footprint, LoraSettings
-from skqlora.architecture import read_config
-from skqlora.clones import AdaptedClone, ClonePool, clone_module, drawing_nothing, drop_pooler
-from skqlora.fingerprint import fingerprint_source
+from skqlora.model.architecture import read_config
+from skqlora.model.fingerprint import fingerprint_source
+from skqlora.model.replicas import (
+    AdaptedClone,
+    ClonePool,
+    clone_module,
+    drawing_nothing,
+    drop_pooler,
+)
 
 SHARE_OF_WEIGHTS = 0.7  # of a GPU's free memory; the rest is for activations and adapters
 # Relative difference of hidden states that rounding alone explains.
@@ -86,7 +92,7 @@ class Backbone:
 
     @classmethod
     def load(cls, spec: BackboneSpec) -> "Backbone":
-        """Load and quantize a base; see `skqlora.cache.get_backbone` for one that is shared.
+        """Load and quantize a base; see `skqlora.model.cache.get_backbone` for one that is shared.
 
         Parameters
         ----------

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from skqlora.class_names import head_of_class_names
-from skqlora.data import TokenizedTexts
-from skqlora.distributed import Ranks
-from skqlora.inputs import LabelledTexts
-from skqlora.model import TextClassifierModel
-from skqlora.probe import choose_probe_rows, fit_probe
-from skqlora.tokenization import CachingTokenizer
-from skqlora.training import compute_features
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.text.batches import TokenizedTexts
+from skqlora.text.inputs import LabelledTexts
+from skqlora.text.tokenization import CachingTokenizer
+from skqlora.training.class_names import head_of_class_names
+from skqlora.training.distributed import Ranks
+from skqlora.training.probe import choose_probe_rows, fit_probe
+from skqlora.training.trainer import compute_features
 
 
 def refuse_unnamed_classes(how: str, table: LabelledTexts, pooling: str) -> None:

@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
-from skqlora.data import TokenizedTexts, cut_by_tokens, prediction_batches, training_batches
-from skqlora.device import is_out_of_memory
-from skqlora.distributed import Ranks
-from skqlora.flat import FlatParameters
-from skqlora.model import TextClassifierModel
-from skqlora.optimizer import make_optimizer, read_state, release, write_state
-from skqlora.prefix import CachedPrefix
-from skqlora.recompute import checkpointed_blocks
+from skqlora.model.device import is_out_of_memory
+from skqlora.model.flat import FlatParameters
+from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.text.batches import TokenizedTexts, cut_by_tokens, prediction_batches, training_batches
+from skqlora.training.distributed import Ranks
+from skqlora.training.optimizer import make_optimizer, read_state, release, write_state
+from skqlora.training.prefix import CachedPrefix
+from skqlora.training.recompute import checkpointed_blocks
 
 CHECK_EVERY = 50  # updates, for losses that are not finite
 CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores

@@ -12,7 +12,7 @@ from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
 
 from skqlora.adapter import AdapterState
-from skqlora.inputs import LabelledTexts
+from skqlora.text.inputs import LabelledTexts
 
 
 class EarlyStopping:

@@ -5,7 +5,7 @@ Knows nothing of models.
 
 from typing import Any
 
-from skqlora.inputs import LabelledTexts
+from skqlora.text.inputs import LabelledTexts
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks

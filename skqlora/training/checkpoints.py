@@ -21,8 +21,8 @@ import numpy as np
 import safetensors.numpy
 
 from skqlora.adapter import AdapterState, TrainerState
-from skqlora.folders import written_folder
-from skqlora.saved_format import (
+from skqlora.persistence.folders import written_folder
+from skqlora.persistence.saved_format import (
     checksum,
     naming_the_file,
     optimizer_arrays,
@@ -118,7 +118,7 @@ class Checkpoints:
 
     def __init__(self, estimator: Any, identity: Any, n_threads: int):
         from skqlora import __version__
-        from skqlora.processes import lock_of_machine  # loads torch
+        from skqlora._utils.processes import lock_of_machine  # loads torch
 
         params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from skqlora.adapter import AdapterState, LoraSettings, TextSettings
-from skqlora.backbone import Backbone
-from skqlora.clones import ADAPTER, AdaptedClone, refuse_other_shapes
+from skqlora.model.backbone import Backbone
+from skqlora.model.replicas import ADAPTER, AdaptedClone, refuse_other_shapes
 
 HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora.adapter import LoraSettings
-from skqlora.backbone import BackboneSpec, storage_dtype
-from skqlora.optimizer import PAGED_MIN_ELEMENTS
-from skqlora.tracing import Precision, trace_training
+from skqlora.memory.tracing import Precision, trace_training
+from skqlora.model.backbone import BackboneSpec, storage_dtype
+from skqlora.training.optimizer import PAGED_MIN_ELEMENTS
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes': weights of a constant, constants of a second one
 STATE_BYTES = {  # of AdamW's two moments, for each trained value

@@ -23,20 +23,15 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState, LoraSettings, TextSettings
-from skqlora.architecture import check_architecture, read_config
-from skqlora.backbone import Backbone
-from skqlora.cache import get_backbone
-from skqlora.clones import has_conv1d
-from skqlora.finetuning import (
-    backbone_spec,
-    choose_max_length,
-    refuse_other_tokenizer,
-    text_settings,
-)
-from skqlora.merging import HEADS, classification_config, merge, stock_model
-from skqlora.model import TextClassifierModel, refuse_other_base
-from skqlora.peft_format import (
+from skqlora.model.architecture import check_architecture, read_config
+from skqlora.model.backbone import Backbone
+from skqlora.model.cache import get_backbone
+from skqlora.model.replicas import has_conv1d
+from skqlora.model.text_classifier import TextClassifierModel, refuse_other_base
+from skqlora.persistence.merging import HEADS, classification_config, merge, stock_model
+from skqlora.persistence.peft_format import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
@@ -44,9 +39,14 @@ from skqlora.peft_format import (
     from_peft_name,
     write_adapter,
 )
-from skqlora.quiet import muted
-from skqlora.saved_format import check_head, check_lora, naming_the_file, typed
-from skqlora.tokenization import load_tokenizer
+from skqlora.persistence.saved_format import check_head, check_lora, naming_the_file, typed
+from skqlora.text.tokenization import load_tokenizer
+from skqlora.training.setup import (
+    backbone_spec,
+    choose_max_length,
+    refuse_other_tokenizer,
+    text_settings,
+)
 
 # Entries of an adapter's configuration that are read here, or decide nothing about its result.
 UNDERSTOOD = {

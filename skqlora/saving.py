@@ -10,11 +10,11 @@ from typing import Any
 
 from sklearn.utils.validation import check_is_fitted
 
-from skqlora.folders import find_aside, written_folder
-from skqlora.model_card import model_card
-from skqlora.peft_format import write_adapter
-from skqlora.quiet import import_libraries
-from skqlora.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
+from skqlora._utils.libraries import import_libraries
+from skqlora.persistence.folders import find_aside, written_folder
+from skqlora.persistence.model_card import model_card
+from skqlora.persistence.peft_format import write_adapter
+from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
 
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # an id of the Hub
@@ -152,7 +152,7 @@ class PersistenceMixin:
         """
         check_is_fitted(self)
         import_libraries()
-        from skqlora.exporting import write_peft
+        from skqlora.persistence.exporting import write_peft
 
         with written_folder(path) as folder:
             write_peft(self, folder)
@@ -194,7 +194,7 @@ class PersistenceMixin:
             the base; the message names what.
         """
         import_libraries()
-        from skqlora.exporting import read_peft
+        from skqlora.persistence.exporting import read_peft
 
         parameters, fitted = read_peft(cls, path, classes, multilabel, parameters)
         classifier = cls(**parameters)
@@ -222,7 +222,7 @@ class PersistenceMixin:
         """
         check_is_fitted(self)
         import_libraries()
-        from skqlora.exporting import to_transformers
+        from skqlora.persistence.exporting import to_transformers
 
         return to_transformers(self)
 
@@ -249,7 +249,7 @@ class PersistenceMixin:
         if dtype not in MERGE_DTYPES:
             raise ValueError(f"Got dtype={dtype!r}. Wanted: one of {', '.join(MERGE_DTYPES)}.")
         import_libraries()
-        from skqlora.exporting import write_merged
+        from skqlora.persistence.exporting import write_merged
 
         with written_folder(path) as folder:
             write_merged(self, folder, dtype)

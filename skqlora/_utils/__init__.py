@@ -1,0 +1,1 @@
+"""What every room needs: the libraries underneath, and the process around."""
