@@ -1,40 +1,14 @@
-"""What a fitted classifier keeps: plain data, so that unpickling one does not even load torch."""
+"""What a fitted estimator keeps: plain data, so that unpickling one does not even load torch."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-TEXT_FIELD = "{text}"  # in a prompt
-TRUNCATIONS = "head", "tail", "head+tail", "windows"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What an adapter's shape and start depend on, in PEFT's names."""
-
-    r: int
-    lora_alpha: float  # an int by PEFT's annotation, but it only divides
-    target_modules: str | tuple[str, ...]
-    use_rslora: bool
-    use_dora: bool
-    init_lora_weights: bool | str
-
-    @property
-    def scaling(self) -> float:
-        """Factor of LoRA's output: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How a text becomes token ids, in the names of the estimator's parameters."""
-
-    max_length: int
-    truncation: str = "head"
-    stride: int = 0
-    prompt: str | None = None
+from skqlora.settings.adapter_settings import LoraSettings, TextSettings
+from skqlora.settings.settings import Settings
 
 
 @dataclass(frozen=True, repr=False)
@@ -186,3 +160,41 @@ class Footprint:
             ("trained", self.trainable_parameters, 4 * self.trainable_parameters, share),
         ]
         return "\n".join(line(*row) for row in rows if row[1])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit leaves on its estimator, in the names of the attributes without the underscore.
+
+    They are set all at once at the end of a fit, so a fit that fails leaves an older one whole.
+    """
+
+    classes: np.ndarray
+    multilabel: bool
+    adapter: AdapterState
+    n_iter: int
+    n_samples_seen: int
+    loss_curve: list[float]
+    validation_scores: list[float] | None
+    best_validation_score: float | None
+    optimizer_state: OptimizerState | None
+    footprint: Footprint
+    settings: Settings | None
+    random_seed: int
+
+
+def check_shapes(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the tensors of an adapter have the names and shapes that a base wants.
+
+    Raises
+    ------
+    ValueError
+        If one is missing, is one too many, or has another shape.
+    """
+    for name in shapes.keys() | tensors.keys():
+        found = tensors[name].shape if name in tensors else None
+        if found != shapes.get(name):
+            raise ValueError(
+                f"The adapter's {name!r} has the shape {found}, but the base wants "
+                f"{shapes.get(name)}. Wanted: the adapter as it was fitted on this base."
+            )

@@ -68,6 +68,6 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     clf = QLoRAClassifier(model, **params)
     clf._validate_params()
     import_libraries()
-    from skqlora.training.setup import estimate_fit
+    from skqlora.memory.planning import estimate_fit
 
-    return estimate_fit(clf, n_classes)
+    return estimate_fit(clf._typed_parameters, n_classes)

@@ -8,12 +8,14 @@ import torch
 from hypothesis import strategies as st
 
 from skqlora import QLoRAClassifier
-from skqlora.adapter import LoraSettings
-from skqlora.model.backbone import BackboneSpec, describe_files
 from skqlora.model.cache import get_backbone
+from skqlora.model.spec import BackboneSpec, describe_files
 from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.settings.adapter_settings import LoraSettings
+from skqlora.settings.parameters import Parameters
+from skqlora.settings.settings import resolve_settings
 from skqlora.text.batches import TokenizedTexts
-from skqlora.training.trainer import Trainer, TrainingSettings
+from skqlora.training.trainer import Trainer
 
 LORA = LoraSettings(
     r=4,
@@ -57,13 +59,15 @@ def make_backbone(model, **changes):
 
 
 def make_model(backbone, lora=LORA, n_classes=3, pooling="auto", **changes):
-    """A model with a fresh adapter, on a clone that is never given back."""
-    return TextClassifierModel.fresh(backbone, lora, n_classes, pooling, **changes).__enter__()
+    """A model with a fresh adapter, on a replica that is never given back."""
+    return TextClassifierModel.for_training(
+        backbone, lora, n_classes, pooling, **changes
+    ).__enter__()
 
 
 def restore_model(backbone, state):
-    """A model with a captured adapter, on a clone that is never given back."""
-    return TextClassifierModel.restored(backbone, state).__enter__()
+    """A model with a captured adapter, on a replica that is never given back."""
+    return TextClassifierModel.for_prediction(backbone, state).__enter__()
 
 
 def lora_parameters(model):
@@ -107,29 +111,28 @@ def assert_equal_adapters(first, second):
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def make_settings(**changes):
-    """A training recipe in the style of the defaults."""
-    settings = {
-        "num_train_epochs": 1,
-        "batch_size": 16,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-3,
-        "head_learning_rate": 5e-3,
-        "weight_decay": 0.0,
-        "warmup_steps": 0,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 1.0,
-        "optim": "paged_adamw_32bit",
-    }
-    return TrainingSettings(**settings | changes)
+def make_settings(*, model_type="bert", hidden_size=64, **changes):
+    """Settings of a short training, with the estimator's defaults where nothing else is said."""
+    params = {"num_train_epochs": 1, "warmup_steps": 0} | changes
+    parameters = Parameters.of(QLoRAClassifier(**params).get_params())
+    return resolve_settings(
+        parameters,
+        device="cpu",
+        compute_dtype="float32",
+        max_length=128,
+        pooling="mean",
+        num_train_epochs=parameters.num_train_epochs,
+        gradient_checkpointing=parameters.gradient_checkpointing is True,
+        model_type=model_type,
+        hidden_size=hidden_size,
+    )
 
 
 def train(model, tokens, targets, settings, **changes):
     """Train a model for all its epochs; return the loss of each."""
     with Trainer(model, tokens, targets, settings, **changes) as trainer:
         losses = [trainer.train_epoch() for _ in range(settings.num_train_epochs)]
-        trainer.refuse_divergence()
+        trainer.check_finite()
     return losses
 
 

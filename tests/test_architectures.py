@@ -32,8 +32,8 @@ def test_every_linear_layer_of_a_family_gets_an_adapter(tiny_model, model_type):
     from helpers import LORA
 
     base = make_backbone(tiny_model(model_type))
-    with base.lease(LORA) as clone:
-        adapted = {id(layer.base_layer.weight) for layer in clone.layers}
+    with base.lease(LORA) as replica:
+        adapted = {id(layer.base_layer.weight) for layer in replica.lora_layers}
     linear = {
         id(m.weight)
         for name, m in base.module.named_modules()

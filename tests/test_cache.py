@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 import skqlora
 from skqlora import backbone_cache_info, clear_backbone_cache
 from skqlora.model.fingerprint import fingerprint_source
-from skqlora.model.replicas import AdaptedClone
+from skqlora.model.replicas import AdaptedReplica
 
 
 @pytest.fixture(autouse=True)
@@ -232,8 +232,8 @@ def test_folder_that_changes_while_it_is_read_is_refused(encoder, tmp_path, monk
 
 def test_search_and_its_estimators_load_one_base_and_inject_once_a_rank(encoder, corpus):
     texts, labels = corpus
-    make = AdaptedClone.__init__
-    with patch.object(AdaptedClone, "__init__", autospec=True, side_effect=make) as injections:
+    make = AdaptedReplica.__init__
+    with patch.object(AdaptedReplica, "__init__", autospec=True, side_effect=make) as injections:
         clf = make_classifier(encoder, num_train_epochs=1)
         GridSearchCV(clf, {"lora_r": [4, 8, 16]}, cv=3, error_score="raise").fit(texts, labels)
         assert injections.call_count == 3
@@ -245,10 +245,10 @@ def test_search_and_its_estimators_load_one_base_and_inject_once_a_rank(encoder,
     assert backbone_cache_info().misses == 1
 
 
-def test_fits_that_are_thrown_away_leave_no_clone_behind(encoder, corpus):
+def test_fits_that_are_thrown_away_leave_no_replica_behind(encoder, corpus):
     def alive():
         gc.collect()
-        return sum(type(x) is AdaptedClone for x in gc.get_objects())
+        return sum(type(x) is AdaptedReplica for x in gc.get_objects())
 
     before = alive()
     for seed in range(4):

@@ -21,8 +21,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_parameters_default_constructible
 
 from skqlora import QLoRAClassifier
-from skqlora.training.setup import training_settings
-from skqlora.training.trainer import predict_logits
+from skqlora.model.prediction import predict_logits
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -113,9 +112,7 @@ def test_fit_in_a_used_process_equals_one_in_a_fresh_process(
     make_classifier(model, quantization=None).fit(texts, labels)
     for error in (RuntimeError, KeyboardInterrupt):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "skqlora.training.trainer.Trainer._refuse_divergence", Mock(side_effect=error)
-            )
+            patch.setattr("skqlora.training.trainer.Trainer._check_finite", Mock(side_effect=error))
             with pytest.raises(error):
                 other.fit(texts, labels)
     used = make_classifier(model, compute_dtype=dtype).fit(texts, labels)
@@ -336,14 +333,14 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
         "max_grad_norm": 0.5,
         "optim": "adamw",
     }
-    clf = make_classifier(encoder, lora_r=3, max_length=9, **lora, **recipe).fit(*corpus)
+    clf = make_classifier(
+        encoder, lora_r=3, max_length=9, head_learning_rate="auto", **lora, **recipe
+    ).fit(*corpus)
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
     assert clf.adapter_.text.max_length == 9
-    clf.set_params(head_learning_rate="auto")
-    settings = training_settings(clf, "bert", 64, 1, checkpointing=clf.gradient_checkpointing)
-    assert {name: getattr(settings, name) for name in recipe} == recipe
-    assert settings.head_learning_rate == 10 * settings.learning_rate
+    assert {name: getattr(clf.settings_, name) for name in recipe} == recipe
+    assert clf.settings_.head_learning_rate == 10 * clf.settings_.learning_rate
 
 
 @pytest.mark.parametrize("pooling", ["cls", "pooler", "last", "mean"])
@@ -392,8 +389,8 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
         computed.append(len(tokens))
         return predict_logits(model, tokens)
 
-    monkeypatch.setattr("skqlora.training.setup.predict_logits", noting)
-    monkeypatch.setattr("skqlora.training.setup.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.model.prediction.predict_logits", noting)
+    monkeypatch.setattr("skqlora.model.prediction.PREDICTION_CHUNK", 20)
     repeated = np.array(texts, dtype=object).repeat(3)
     probabilities = clf.predict_proba(repeated)
     np.testing.assert_allclose(probabilities, expected.repeat(3, axis=0), rtol=0, atol=1e-6)
@@ -404,7 +401,7 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
 def test_an_iterator_of_texts_is_predicted_in_chunks(clf, corpus, monkeypatch):
     texts, labels = corpus
     clf.fit(texts, labels)
-    monkeypatch.setattr("skqlora.prediction.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.model.prediction.PREDICTION_CHUNK", 20)
     for method in (clf.predict, clf.predict_proba, clf.decision_function):
         expected = method(texts)
         found = method(text for text in texts)

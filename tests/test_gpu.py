@@ -25,10 +25,11 @@ from sklearn.model_selection import cross_val_score
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
-from skqlora.adapter import TextSettings
+from skqlora.model.prediction import predict_logits
+from skqlora.model.spec import BackboneSpec
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.training.optimizer import PagedPool
-from skqlora.training.setup import backbone_spec
-from skqlora.training.trainer import Trainer, predict_logits
+from skqlora.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,7 +102,7 @@ def test_cuda_learns_in_bfloat16(model, corpus, optim):
     )
     clf.fit(texts, labels)
     assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
-    assert backbone_spec(clf).compute_dtype == torch.bfloat16
+    assert BackboneSpec.of(clf._typed_parameters).compute_dtype == torch.bfloat16
 
 
 def test_float16_learns_with_a_scaled_loss(model, corpus):
@@ -115,7 +116,7 @@ def test_float16_learns_with_a_scaled_loss(model, corpus):
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients(model):
     trained = make_model(cuda_backbone(model))
     seen = set()
-    for layer in trained.clone.layers:
+    for layer in trained.replica.lora_layers:
         adapter = layer.lora_A["default"]  # norms give float32 under autocast, products bfloat16
         adapter.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
     with Trainer(trained, random_tokens(), TARGETS, make_settings()) as trainer:
@@ -146,7 +147,7 @@ def test_micro_batches_change_nothing(model):
     def adapter(**changes):
         trained = make_model(cuda_backbone(model, compute_dtype=torch.float32), lora_dropout=0.1)
         train(trained, random_tokens(), TARGETS, make_settings(**changes))
-        state = trained.capture(TextSettings(32))
+        state = trained.adapter_state(TextSettings(32))
         return np.concatenate([v.ravel() for v in state.lora_tensors.values()])
 
     whole = adapter(batch_size=16)
@@ -207,7 +208,7 @@ def test_predictions_depend_on_the_batch_by_rounding_alone(medium):
         return predict_logits(model, tokens), np.array(alone)
 
     rounding = make_model(cuda_backbone(medium))
-    state = rounding.capture(TextSettings(32))
+    state = rounding.adapter_state(TextSettings(32))
     exact, alone = together_and_alone(
         restore_model(cuda_backbone(medium, compute_dtype=torch.float32), state)
     )
@@ -225,7 +226,7 @@ def test_base_that_does_not_fit_on_one_gpu_is_spread_over_two(medium, monkeypatc
     )
     both = make_model(cuda_backbone(medium, spread=True), lora_dropout=0.1)
     assert {p.device.index for p in both.encoder.parameters()} == {0, 1}
-    assert len(both.clone.segments) == 2
+    assert len(both.replica.segments) == 2
     curves = [train(m, random_tokens(), TARGETS, make_settings()) for m in (alone, both)]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-2)
     expected = predict_logits(alone, random_tokens())

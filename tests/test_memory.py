@@ -11,12 +11,15 @@ import torch
 from helpers import LORA, make_backbone, make_classifier, make_model
 from torch.autograd.graph import saved_tensors_hooks
 
-import skqlora.training.setup
+import skqlora.memory.planning
 from skqlora import estimate_memory
-from skqlora.memory.estimate import AUTO_SHARE, REFUSED_SHARE, estimate_training, free_memory
+from skqlora.memory.estimate import estimate_training
+from skqlora.memory.free import free_memory
+from skqlora.memory.planning import AUTO_SHARE, REFUSED_SHARE
 from skqlora.model.architecture import check_architecture
 from skqlora.model.backbone import _count_bytes
 from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
+from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.training.recompute import checkpointed_blocks
 from skqlora.training.trainer import Trainer
 
@@ -35,8 +38,9 @@ def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
 def kept_bytes(backbone, n_texts, n_tokens, lora=LORA, *, lora_dropout=0.0):
     """Bytes of the storages that autograd keeps of a pass, but for those that are there anyway."""
     model = make_model(backbone, lora, lora_dropout=lora_dropout).train()
-    model.clock.batch_rows, model.clock.rows = n_texts, np.arange(n_texts)
-    leaves = [segment.leaf for segment in model.clone.segments]
+    for dropout in model._dropouts:
+        dropout.part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
+    leaves = [segment.leaf for segment in model.replica.segments]
     there = {
         tensor.untyped_storage().data_ptr()
         for tensor in [*model.parameters(), *model.buffers(), *leaves]
@@ -124,11 +128,11 @@ def test_estimate_of_the_peak_of_a_training_step(tmp_path, checkpointing):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
     backbone = make_backbone(tiny.save_model(tmp_path, "bert", **sizes))
     model = make_model(backbone, lora_dropout=0.1).train()
-    model.clock.batch_rows, model.clock.rows = 16, np.arange(16)
+    part = RowsOfUpdate(0, 16, torch.arange(16))
     ids = torch.randint(5, 300, (16, 100))
 
     def step():
-        model(ids, torch.ones_like(ids)).sum().backward()
+        model(ids, torch.ones_like(ids), part).sum().backward()
 
     step()  # gradients stay
     if checkpointing:
@@ -146,7 +150,7 @@ def test_parts_of_an_estimate_of_a_fit(encoder):
     backbone = make_backbone(encoder)
     model = make_model(backbone)
     assert estimated.base == _count_bytes(backbone.module)
-    n_bytes = model.clone.nbytes + 3 * 65 * 4
+    n_bytes = model.replica.nbytes + 3 * 65 * 4
     assert (estimated.adapter, estimated.gradients) == (n_bytes, n_bytes)
     assert estimated.optimizer == 2 * n_bytes
     assert (estimated.n_texts, estimated.n_tokens) == (2, 128)
@@ -226,13 +230,13 @@ def test_auto_checkpoints_only_where_memory_is_short(model, corpus, memory, monk
     clf = make_classifier(model, num_train_epochs=1)
     clf.fit(*corpus)
     needed = []
-    inner = skqlora.training.setup.estimate_training
+    inner = skqlora.memory.planning.estimate_training
 
     def spy(*args, **kwargs):
         needed.append(inner(*args, **kwargs))
         return needed[-1]
 
-    monkeypatch.setattr(skqlora.training.setup, "estimate_training", spy)
+    monkeypatch.setattr(skqlora.memory.planning, "estimate_training", spy)
     backbone = make_backbone(model)
     memory(0)
     with pytest.raises(MemoryError):
@@ -261,7 +265,7 @@ def test_what_is_idle_is_freed_before_a_fit_is_refused(encoder, decoder, corpus,
 
 
 def test_free_memory_of_a_container(tmp_path, monkeypatch):
-    monkeypatch.setattr("skqlora.memory.estimate.CGROUP", tmp_path)
+    monkeypatch.setattr("skqlora.memory.free.CGROUP", tmp_path)
     cpu = torch.device("cpu")
     assert free_memory(cpu) > 1e6  # no container
     (tmp_path / "memory.max").write_text("max\n")

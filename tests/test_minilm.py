@@ -10,9 +10,9 @@ from sklearn.metrics.pairwise import paired_cosine_distances
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
-from skqlora.adapter import TextSettings
+from skqlora.model.prediction import predict_logits
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.tokenization import load_tokenizer
-from skqlora.training.trainer import predict_logits
 
 MINILM = str(get_model_path())
 UNSEEN = {

@@ -26,7 +26,7 @@ from torch import nn
 
 from skqlora.model.blocks import modules_in_layers, transformer_blocks
 from skqlora.model.cache import clear_backbone_cache
-from skqlora.model.replicas import targeted_modules
+from skqlora.model.lora import targeted_modules
 from skqlora.training import state_store
 from skqlora.training.prefix import _PrefixRun, cached_prefix
 from skqlora.training.state_store import MEMORY_SHARE
@@ -84,9 +84,12 @@ def passes(monkeypatch):
 def test_training_from_the_cache_equals_training_without(tiny_model, family):
     backbone, tokens = make_backbone(tiny_model(family)), random_tokens(32)
     plain = last_layers_model(backbone)
-    start = plain.capture(12)
+    start = plain.adapter_state(12)
     train(plain, tokens, TARGETS, make_settings(num_train_epochs=3))
-    expected, found = plain.capture(12), trained_from_cache(backbone, tokens).capture(12)
+    expected, found = (
+        plain.adapter_state(12),
+        trained_from_cache(backbone, tokens).adapter_state(12),
+    )
     for kind in ("lora_tensors", "head_tensors"):
         for name, value in getattr(expected, kind).items():
             np.testing.assert_allclose(getattr(found, kind)[name], value, rtol=0, atol=3e-5)
@@ -99,12 +102,12 @@ def test_the_cache_goes_with_checkpointing_and_smaller_passes(backbone, changes)
     plain = last_layers_model(backbone)
     changes = {"gradient_accumulation_steps": 16 // changes.get("batch_size", 16)} | changes
     train(plain, tokens, TARGETS, make_settings(num_train_epochs=3))
-    found = trained_from_cache(backbone, tokens, **changes).capture(12)
-    for name, value in plain.capture(12).lora_tensors.items():
+    found = trained_from_cache(backbone, tokens, **changes).adapter_state(12)
+    for name, value in plain.adapter_state(12).lora_tensors.items():
         np.testing.assert_allclose(found.lora_tensors[name], value, rtol=0, atol=3e-5)
 
 
-def test_a_lent_clone_comes_back_whole(backbone):
+def test_a_lent_replica_comes_back_whole(backbone):
     model, tokens = last_layers_model(backbone), random_tokens(32)
     ids, mask = tokens.batch(np.arange(4))
     with torch.no_grad():

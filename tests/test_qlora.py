@@ -16,7 +16,8 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 from transformers import AutoModel
 
-from skqlora.training.trainer import Trainer, predict_logits
+from skqlora.model.prediction import predict_logits
+from skqlora.training.trainer import Trainer
 
 N_CLASSES = 3
 TARGETS = torch.arange(16).numpy() % N_CLASSES
@@ -56,9 +57,7 @@ def test_base_is_the_same_bytes_after_whatever_happened(model, corpus, monkeypat
     clf.predict(texts)
     search = GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2, error_score="raise")
     search.fit(texts, labels)
-    monkeypatch.setattr(
-        "skqlora.training.trainer.Trainer._refuse_divergence", _raise_keyboard_interrupt
-    )
+    monkeypatch.setattr("skqlora.training.trainer.Trainer._check_finite", _raise_keyboard_interrupt)
     with pytest.raises(KeyboardInterrupt):
         clf.fit(texts, labels)
     assert make_backbone(model).module is base

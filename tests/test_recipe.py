@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from helpers import make_classifier
+from helpers import make_classifier, make_settings
 
-from skqlora import QLoRAClassifier
 from skqlora.settings import recipe
 from skqlora.settings.recipe import AUTO_EPOCHS, AUTO_UPDATES, auto_epochs
-from skqlora.training.setup import training_settings
 
 
 @pytest.mark.parametrize("n_texts", [1, 16, 17, 100, 1000, 1601, 5000, 10**6])
@@ -54,6 +52,6 @@ def test_auto_is_the_number_of_epochs_and_nothing_else(encoder, corpus):
     ],
 )
 def test_rates_that_are_left_open(params, rate, head_rate):
-    settings = training_settings(QLoRAClassifier(**params), "llama", 2000, n_epochs=1)
+    settings = make_settings(model_type="llama", hidden_size=2000, **params)
     assert settings.learning_rate == pytest.approx(rate)
     assert settings.head_learning_rate == pytest.approx(head_rate)

@@ -7,7 +7,7 @@ from helpers import assert_equal_adapters, make_classifier
 from sklearn.model_selection import GridSearchCV
 
 from skqlora import QLoRAClassifier
-from skqlora.adapter import TextSettings
+from skqlora.settings.adapter_settings import TextSettings
 
 SHORT = {"max_length": 12, "num_train_epochs": 2}
 CUT = "texts have more than max_length=12 tokens and are cut"

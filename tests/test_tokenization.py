@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from skqlora.adapter import TextSettings
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.tokenization import CachingTokenizer
 
 CUT = "texts have more than max_length"

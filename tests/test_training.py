@@ -18,11 +18,11 @@ from helpers import (
 )
 from transformers import get_scheduler
 
-from skqlora.adapter import TextSettings
 from skqlora.model.backbone import Backbone
 from skqlora.model.blocks import transformer_blocks
-from skqlora.model.replicas import ClonePool
+from skqlora.model.replicas import ReplicaPool
 from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.recipe import scaled_learning_rate
 from skqlora.text.batches import TokenizedTexts
 from skqlora.training.trainer import Trainer, _count_warmup_steps
@@ -34,7 +34,7 @@ def adapter_after(backbone, *, lora=LORA, lora_dropout=0.1, tokens=None, seed=0,
     """Weights after a short training, as one vector."""
     model = make_model(backbone, lora, 3, "auto", seed=seed, lora_dropout=lora_dropout)
     train(model, tokens or random_tokens(32), TARGETS, make_settings(**changes), seed=seed)
-    state = model.capture(TextSettings(32))
+    state = model.adapter_state(TextSettings(32))
     values = [*state.lora_tensors.values(), *state.head_tensors.values()]
     return np.concatenate([value.ravel() for value in values])
 
@@ -84,7 +84,7 @@ def test_checkpointing_keeps_fewer_activations(backbone):
     assert bytes_kept(True) < 0.6 * bytes_kept(False)
 
 
-def test_checkpointing_leaves_the_clone_as_it_was(backbone):
+def test_checkpointing_leaves_the_replica_as_it_was(backbone):
     model = make_model(backbone)
     train(model, random_tokens(32), TARGETS, make_settings(gradient_checkpointing=True))
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -199,7 +199,7 @@ def split(backbone):
     }
     dispatch_model(module, others | blocks, force_hooks=True)
     assert all(hasattr(block, "_hf_hook") for block in transformer_blocks(module))
-    return replace(backbone, module=module, clones=ClonePool(module, backbone.nbytes))
+    return replace(backbone, module=module, replicas=ReplicaPool(module, backbone.nbytes))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -214,10 +214,10 @@ def test_base_that_is_spread_over_devices_trains_as_another(backbone, split, che
     assert not blocks_without_forward()
 
 
-def test_hooks_of_a_clone_act_on_the_clone(split):
-    clone = make_model(split).encoder
+def test_hooks_of_a_replica_act_on_the_replica(split):
+    replica = make_model(split).encoder
     base = set(split.module.modules())
-    for block in transformer_blocks(clone):
+    for block in transformer_blocks(replica):
         assert block._old_forward.__self__ is block
         assert block.forward.args == (block,)
         assert block not in base

@@ -162,15 +162,15 @@ def run_peer(model, work, table, seed):
     from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Trainer
 
     from skqlora import QLoRAClassifier
+    from skqlora.model.spec import BackboneSpec
     from skqlora.settings.recipe import auto_learning_rate
-    from skqlora.training.setup import backbone_spec
 
     transformers.logging.set_verbosity_error()
     texts, labels, test_texts, test_labels = table
     config = AutoConfig.from_pretrained(model)
     ours = QLoRAClassifier(model)
     rate = auto_learning_rate(config.model_type, config.hidden_size)
-    dtype = backbone_spec(ours).compute_dtype
+    dtype = BackboneSpec.of(ours._typed_parameters).compute_dtype
     classes = sorted(set(labels))
     tokenizer = AutoTokenizer.from_pretrained(model)
 

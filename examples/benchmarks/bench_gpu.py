@@ -169,38 +169,51 @@ def run_ours(size, options, device):
     """Train with this package."""
     import numpy as np
 
-    from skqlora.adapter import LoraSettings
+    from skqlora import QLoRAClassifier
     from skqlora.memory.estimate import estimate_training
-    from skqlora.model.backbone import Backbone, BackboneSpec, freeze
-    from skqlora.model.replicas import ClonePool
+    from skqlora.model.backbone import Backbone, freeze
+    from skqlora.model.replicas import ReplicaPool
+    from skqlora.model.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.settings.adapter_settings import LoraSettings
+    from skqlora.settings.parameters import Parameters
+    from skqlora.settings.settings import resolve_settings
     from skqlora.text.batches import TokenizedTexts
-    from skqlora.training.trainer import Trainer, TrainingSettings
+    from skqlora.training.trainer import Trainer
 
     module = make_base(size, device)
     spec = BackboneSpec(f"random-{size}", None, "nf4", True, torch.bfloat16, device)
     freeze(module, spec.compute_dtype)
-    backbone = Backbone(module, spec, size, module.config.hidden_size, True, ClonePool(module, 0))
+    backbone = Backbone(module, spec, size, module.config.hidden_size, True, ReplicaPool(module, 0))
     lora = LoraSettings(
         LORA["r"], LORA["lora_alpha"], "all-linear", False, False, init_lora_weights=True
     )
     rows = random_rows(options, module.config.vocab_size)
-    settings = TrainingSettings(
-        num_train_epochs=1,
+    clf = QLoRAClassifier(
         batch_size=options.batch_size,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=options.checkpointing,
-        learning_rate=2e-4,
-        head_learning_rate=1e-3,
-        weight_decay=0.0,
+        lora_dropout=LORA["lora_dropout"],
         warmup_steps=0,
         lr_scheduler_type="constant",
         max_grad_norm=0.3,
-        optim="paged_adamw_32bit",
+        learning_rate=2e-4,
+        head_learning_rate=1e-3,
+    )
+    settings = resolve_settings(
+        Parameters.of(clf.get_params()),
+        device=str(device),
+        compute_dtype="bfloat16",
+        max_length=options.tokens,
+        pooling="last",
+        num_train_epochs=1,
+        gradient_checkpointing=options.checkpointing,
+        model_type="llama",
+        hidden_size=module.config.hidden_size,
     )
     dropout = LORA["lora_dropout"]
     with (
-        TextClassifierModel.fresh(backbone, lora, N_CLASSES, "last", lora_dropout=dropout) as model,
+        TextClassifierModel.for_training(
+            backbone, lora, N_CLASSES, "last", lora_dropout=dropout
+        ) as model,
         Trainer(
             model, TokenizedTexts(rows, 0), np.arange(len(rows)) % N_CLASSES, settings
         ) as trainer,

@@ -137,41 +137,46 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         from transformers import get_scheduler
 
         from skqlora import QLoRAClassifier
-        from skqlora.settings.recipe import auto_epochs, scaled_learning_rate
+        from skqlora.model.spec import BackboneSpec
+        from skqlora.settings.recipe import (
+            HEAD_RATE_FACTOR,
+            auto_epochs,
+            auto_learning_rate,
+            scaled_learning_rate,
+        )
         from skqlora.text.batches import training_batches
-        from skqlora.training.setup import backbone_spec, training_settings
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier(self.model)
-        self.dtype_ = backbone_spec(ours).compute_dtype
+        self.dtype_ = BackboneSpec.of(ours._typed_parameters).compute_dtype
         self.multilabel_ = y.ndim == 2
         self.classes_, targets = encode(y)
         self._load(len(self.classes_))
         tokens = self._tokenize(X)
         family, width = self.encoder_.config.model_type, self.encoder_.config.hidden_size
         n_epochs = auto_epochs(len(X), ours.batch_size)
-        settings = training_settings(ours, family, width, n_epochs)
+        head_rate = HEAD_RATE_FACTOR * auto_learning_rate(family, width)
         rate = self.rate_factor * scaled_learning_rate(family, width) / 10  # full fine-tuning's
         trained = [p for p in self.encoder_.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             [
                 {"params": trained, "lr": rate},
-                {"params": list(self.head_.parameters()), "lr": settings.head_learning_rate},
+                {"params": list(self.head_.parameters()), "lr": head_rate},
             ],
-            weight_decay=settings.weight_decay,
+            weight_decay=ours.weight_decay,
         )
         parameters = [*trained, *self.head_.parameters()]
         rng = np.random.RandomState(self.seed)
         n_steps = n_epochs * math.ceil(len(X) / ours.batch_size)
-        n_warmup = math.ceil(settings.warmup_steps * n_steps)
-        scheduler = get_scheduler(settings.lr_scheduler_type, optimizer, n_warmup, n_steps)
+        n_warmup = math.ceil(ours.warmup_steps * n_steps)
+        scheduler = get_scheduler(ours.lr_scheduler_type, optimizer, n_warmup, n_steps)
         for _ in range(n_epochs):
             for module in self.trained_modules_:  # the others' dropout stays off
                 module.train()
             for rows in training_batches(tokens.lengths, ours.batch_size, rng):
                 loss = self._loss(tokens, rows, targets)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, ours.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -219,7 +224,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
             layer.requires_grad_(True)
 
     def _tokenize(self, X):
-        from skqlora.adapter import TextSettings
+        from skqlora.settings.adapter_settings import TextSettings
         from skqlora.settings.recipe import AUTO_MAX_LENGTH
         from skqlora.text.tokenization import load_tokenizer
 

@@ -152,11 +152,11 @@ def fits_and_scores_alone(clf, texts, labels, folds):
 
 @contextmanager
 def counted_injections():
-    """Count the times that PEFT puts LoRA layers into a clone."""
-    from skqlora.model.replicas import AdaptedClone
+    """Count the times that PEFT puts LoRA layers into a replica."""
+    from skqlora.model.replicas import AdaptedReplica
 
-    make = AdaptedClone.__init__
-    with patch.object(AdaptedClone, "__init__", autospec=True, side_effect=make) as spy:
+    make = AdaptedReplica.__init__
+    with patch.object(AdaptedReplica, "__init__", autospec=True, side_effect=make) as spy:
         yield spy
 
 
@@ -177,13 +177,13 @@ def bench_switches(clf, texts, labels):
         fitted[i].predict(texts[:1])
         return (time.perf_counter() - start) * 1e3
 
-    clear_clones(clf)
+    clear_replicas(clf)
     predict(0)
     same = np.median([predict(0) for _ in range(30)])
     turns = np.median([predict(i % 2) for i in range(60)])
     new = []
     for _ in range(10):
-        clear_clones(clf)
+        clear_replicas(clf)
         new.append(predict(2))
     loads = backbone_cache_info().misses
     return [
@@ -194,16 +194,16 @@ def bench_switches(clf, texts, labels):
     ]
 
 
-def clear_clones(clf):
-    """Drop the free clones of the base."""
-    backbone_of(clf).clones._free.clear()
+def clear_replicas(clf):
+    """Drop the free replicas of the base."""
+    backbone_of(clf).replicas._free.clear()
 
 
 def backbone_of(clf):
     from skqlora.model.cache import get_backbone
-    from skqlora.training.setup import backbone_spec
+    from skqlora.model.spec import BackboneSpec
 
-    return get_backbone(backbone_spec(clf))
+    return get_backbone(BackboneSpec.of(clf._typed_parameters))
 
 
 # Prediction
@@ -211,12 +211,12 @@ def backbone_of(clf):
 
 def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
+    from skqlora.model.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
     from skqlora.text.tokenization import load_tokenizer
-    from skqlora.training.setup import backbone_spec
 
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
-    backbone, spec = backbone_of(clf), backbone_spec(clf)
+    backbone, spec = backbone_of(clf), BackboneSpec.of(clf._typed_parameters)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text, backbone.vocab_size)
     input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))
@@ -228,7 +228,7 @@ def bench_prediction(clf, texts, labels, repeats):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    with TextClassifierModel.restored(backbone, fitted.adapter_) as model:
+    with TextClassifierModel.for_prediction(backbone, fitted.adapter_) as model:
         bare = torch.no_grad()(lambda: model(input_ids, mask))
         with_base = torch.no_grad()(lambda: backbone.module(input_ids, attention_mask=mask))
     fitted.predict(texts[:1])
@@ -315,7 +315,7 @@ def bench_used_process(clf, texts, labels):
     clone(few).set_params(lora_r=3).fit(texts[:40], ["a", "b"] * 20).predict(texts)
     clone(few).set_params(compute_dtype="float32", use_dora=True).fit(texts, labels)
     interrupt = patch(
-        "skqlora.training.trainer.Trainer._refuse_divergence", side_effect=KeyboardInterrupt
+        "skqlora.training.trainer.Trainer._check_finite", side_effect=KeyboardInterrupt
     )
     with interrupt, suppress(KeyboardInterrupt):
         clone(few).fit(texts, labels)

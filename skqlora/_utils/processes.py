@@ -17,7 +17,7 @@ _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU'
 _lock = threading.Lock()
 
 
-def refuse_fork_of_threads() -> None:
+def check_not_forked() -> None:
     """Refuse to compute in a fork of a process that has computed on several threads.
 
     A fork copies none of the threads that the libraries' pools wait for, so it would hang.

@@ -1,9 +1,7 @@
-"""How much memory a training takes, told before a model is loaded, and whether it is there."""
+"""How much memory a training takes, told from shapes before a model is loaded."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from skqlora.adapter import LoraSettings
 from skqlora.memory.tracing import Precision, trace_training
-from skqlora.model.backbone import BackboneSpec, storage_dtype
-from skqlora.training.optimizer import PAGED_MIN_ELEMENTS
+from skqlora.model.flat import PAGED_MIN_ELEMENTS
+from skqlora.model.spec import BackboneSpec
+from skqlora.settings.adapter_settings import LoraSettings
 
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes': weights of a constant, constants of a second one
 STATE_BYTES = {  # of AdamW's two moments, for each trained value
@@ -24,9 +22,6 @@ STATE_BYTES = {  # of AdamW's two moments, for each trained value
 }
 CUBLAS_BYTES = 32 << 20  # torch's workspace for matrix products on Hopper GPUs; older ones take 8
 TRANSIENTS = 3  # of the widest activations, in a block's backward pass
-AUTO_SHARE = 0.9  # of the memory that is there; what would take more is checkpointed
-REFUSED_SHARE = 1.25  # of it; an estimate may be above what a fit takes by a quarter
-CGROUP = Path("/sys/fs/cgroup")  # a container's limits, of version 2 and of version 1
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ def estimate_training(
     """
     accelerated = spec.device.type != "cpu"
     precision = Precision(
-        storage=storage_dtype(spec),
+        storage=spec.storage_dtype,
         compute=spec.compute_dtype,
         quantized=spec.quantization is not None,
         autocast=accelerated and spec.compute_dtype != torch.float32,
@@ -175,59 +170,6 @@ def estimate_training(
     )
 
 
-def fits(estimate: MemoryEstimate, free: float) -> bool:
-    """Tell whether there is as much, with a little to spare."""
-    return estimate.resident <= AUTO_SHARE * free
-
-
-def choose_checkpointing(
-    wanted: bool | str,
-    estimate: Callable[..., MemoryEstimate],
-    n_texts: int,
-    device: torch.device,
-    free: float,
-) -> bool:
-    """Decide whether activations are computed again, and refuse what cannot fit.
-
-    Parameters
-    ----------
-    wanted : bool or "auto"
-    estimate : callable
-        Takes `n_texts` and `checkpointing`.
-    n_texts : int
-        Of the largest pass.
-    device : torch.device
-    free : float
-        Bytes of it that there are for all of the training.
-
-    Returns
-    -------
-    checkpointing : bool
-        As wanted; "auto" only if it would not fit else.
-
-    Raises
-    ------
-    MemoryError
-        If it cannot fit even so: the estimate is a quarter above what there is. Of a GPU: not even
-        with one text a pass, to which a training that runs out of memory goes down.
-    """
-    whole = estimate(n_texts=n_texts, checkpointing=wanted is True)
-    if fits(whole, free):
-        return wanted is True
-    checkpointing = bool(wanted)
-    least = estimate(n_texts=n_texts if device.type == "cpu" else 1, checkpointing=checkpointing)
-    if least.resident > REFUSED_SHARE * free:
-        remedies = [] if checkpointing else ["gradient_checkpointing=True"]
-        if least.n_texts > 1:
-            remedies.append(f"batch_size below {least.n_texts}")
-        raise MemoryError(
-            f"The fit would take at least\n{least}\nand {device} has {free / 1e6:,.1f} MB for it, "
-            f"a loaded base included. Pass {', '.join([*remedies, 'layers=1'])}, or a "
-            "smaller max_length or model; or free what other programs hold."
-        )
-    return wanted is True or least.gradient_checkpointing
-
-
 def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
     """Bytes of a loaded base: packed weights with their constants, and the rest as it is stored."""
     sizes: dict[Any, float] = {buffer: buffer.nbytes for buffer in skeleton.buffers()}
@@ -235,7 +177,7 @@ def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
         quantized = spec.quantization is not None and isinstance(module, nn.Linear | Conv1D)
         for name, parameter in module.named_parameters(recurse=False):
             if not quantized:
-                sizes[parameter] = parameter.numel() * storage_dtype(spec).itemsize
+                sizes[parameter] = parameter.numel() * spec.storage_dtype.itemsize
             elif name == "weight":
                 sizes[parameter] = _packed_bytes(parameter.numel(), spec.double_quant)
             else:
@@ -248,46 +190,3 @@ def _packed_bytes(n_weights: int, double_quant: bool) -> int:
     n_blocks = math.ceil(n_weights / BLOCK)
     constants = n_blocks + 4 * math.ceil(n_blocks / NESTED_BLOCK) if double_quant else 4 * n_blocks
     return math.ceil(n_weights / 2) + constants
-
-
-def free_memory(device: torch.device, *, spread: bool = False) -> float:
-    """Count the bytes that a training could still take on a device.
-
-    Parameters
-    ----------
-    device : torch.device
-    spread : bool, default=False
-        Count all of its kind together.
-
-    Returns
-    -------
-    n_bytes : float
-    """
-    if device.type == "cpu":
-        import psutil
-
-        return min(psutil.virtual_memory().available, _free_in_container())
-    memory = getattr(torch, device.type)
-    places = range(memory.device_count()) if spread else [device.index]
-    # What torch has set aside and does not use is free too.
-    return sum(
-        memory.mem_get_info(i)[0] + memory.memory_reserved(i) - memory.memory_allocated(i)
-        for i in places
-    )
-
-
-def _free_in_container() -> float:
-    """Count the bytes up to a container's limit, which the operating system's figures leave out."""
-    for limit, usage, statistics in [
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ]:
-        try:
-            allowed, used = (int((CGROUP / name).read_text()) for name in (limit, usage))
-            lines = (CGROUP / statistics).read_text().splitlines()
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        figures = dict(line.split() for line in lines)
-        # Pages of files are given up when memory is short.
-        return allowed - used + int(figures.get("inactive_file", 0))
-    return math.inf

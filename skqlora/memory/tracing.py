@@ -5,7 +5,6 @@ it would keep. Knows nothing of devices' sizes.
 """
 
 import copy
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import library_lock
-from skqlora.adapter import LoraSettings
 from skqlora.model.blocks import transformer_blocks
 from skqlora.model.flat import ALIGNMENT
-from skqlora.model.replicas import ADAPTER, drop_pooler, peft_config
+from skqlora.model.lora import ADAPTER, peft_config
+from skqlora.model.modules import drop_pooler
+from skqlora.settings.adapter_settings import LoraSettings
 
 # What autocast computes in the lower precision and in float32, of what transformers calls (torch's
 # "Automatic Mixed Precision" page lists all), by the names of the functions.
@@ -91,7 +92,7 @@ class Trace:
     score_elements: int
 
 
-@functools.lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
+@registered_lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
 @torch.inference_mode(False)  # whatever the caller computes in
 def trace_training(
     skeleton: PreTrainedModel,

@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from skqlora._utils.caches import registered_lru_cache
+
 # Rotary embeddings whose angles depend on the longest row of the batch once it passes the length
 # that the model was trained on, so that a text's result would depend on its neighbours.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -40,8 +42,12 @@ class Architecture:
     vocab_size: int
     skeleton: PreTrainedModel
 
+    def max_length(self, tokenizer_max_length: int) -> int:
+        """Greatest number of tokens of a text that the model and its tokenizer both take."""
+        return min(self.max_positions or tokenizer_max_length, tokenizer_max_length)
 
-@functools.lru_cache(maxsize=8)
+
+@registered_lru_cache(maxsize=8)
 def check_architecture(
     model: str,
     revision: str | None,

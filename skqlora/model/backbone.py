@@ -1,67 +1,29 @@
-"""The frozen 4-bit base: how it loads, what is found out about it, how it lends clones.
+"""The frozen 4-bit base: how it loads, what is found out about it, how it lends replicas.
 
-Knows nothing of texts, labels or training. A base is only ever read: an adapter goes onto a clone
+Knows nothing of texts, labels or training. A base is only ever read: an adapter goes onto a replica
 of its module tree, which shares every tensor with it.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 
-from skqlora.adapter import AdapterState, Footprint, LoraSettings
+from skqlora.adapter import AdapterState, Footprint
 from skqlora.model.architecture import read_config
 from skqlora.model.fingerprint import fingerprint_source
-from skqlora.model.replicas import (
-    AdaptedClone,
-    ClonePool,
-    clone_module,
-    drawing_nothing,
-    drop_pooler,
-)
+from skqlora.model.modules import NoRandomInit, drop_pooler, replicate
+from skqlora.model.replicas import AdaptedReplica, ReplicaPool
+from skqlora.model.spec import BackboneSpec, describe_files
+from skqlora.settings.adapter_settings import LoraSettings
 
 SHARE_OF_WEIGHTS = 0.7  # of a GPU's free memory; the rest is for activations and adapters
 # Relative difference of hidden states that rounding alone explains.
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """Everything that makes one loaded base differ from another.
-
-    Attributes
-    ----------
-    model : str
-        A Hub id or a local folder.
-    revision : str or None
-    quantization : {"nf4", "fp4"} or None
-    double_quant : bool
-        Quantize the quantization constants too.
-    compute_dtype : torch.dtype
-        Of the products with the base's weights.
-    device : torch.device
-    spread : bool
-        Put what does not fit on `device` onto the next ones.
-    attn_implementation : str or None
-        transformers' name of the attention kernel; None is its choice.
-    files : tuple
-        What `describe_files` tells of a local folder, so that a changed folder is another base.
-    """
-
-    model: str
-    revision: str | None
-    quantization: str | None
-    double_quant: bool
-    compute_dtype: torch.dtype
-    device: torch.device
-    spread: bool = False
-    attn_implementation: str | None = None
-    files: tuple = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +33,7 @@ class Backbone:
     Attributes
     ----------
     module : transformers.PreTrainedModel
-        Never changed after it is loaded; `lease` hands out clones.
+        Never changed after it is loaded; `lease` hands out replicas.
     spec : BackboneSpec
     fingerprint : str
         Hash of the source weights and the configuration: see `fingerprint_source`.
@@ -79,7 +41,7 @@ class Backbone:
         Features of a last hidden state.
     causal : bool
         Whether a token sees only those before it.
-    clones : ClonePool
+    replicas : ReplicaPool
         Those that nobody uses now.
     """
 
@@ -88,7 +50,7 @@ class Backbone:
     fingerprint: str
     hidden_size: int
     causal: bool
-    clones: ClonePool
+    replicas: ReplicaPool
 
     @classmethod
     def load(cls, spec: BackboneSpec) -> "Backbone":
@@ -113,35 +75,35 @@ class Backbone:
         fingerprint = fingerprint_source(spec.model, spec.revision)
         with (
             torch.inference_mode(False),
-            drawing_nothing(),
+            NoRandomInit(),
         ):  # a pooler that the checkpoint lacks, before it is dropped
             module, loading = AutoModel.from_pretrained(
                 spec.model,
                 revision=spec.revision,
                 quantization_config=_quantization_config(spec),
-                dtype=storage_dtype(spec),
+                dtype=spec.storage_dtype,
                 **_placement(spec),
                 attn_implementation=spec.attn_implementation,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        _refuse_offloading(spec, module)
+        _check_all_on_gpus(spec, module)
         if describe_files(spec.model) != spec.files:
             raise ValueError(
                 f"The folder model={spec.model!r} changed while it was read. Wanted: files that "
                 "stay as they are. Call again once they are written."
             )
-        _refuse_missing_weights(spec.model, module, loading["missing_keys"])
+        _check_missing_weights(spec.model, module, loading["missing_keys"])
         freeze(module, spec.compute_dtype)
-        hidden_size, causal = _probe(module, spec)
-        clones = ClonePool(module, _count_bytes(module))
-        return cls(module, spec, fingerprint, hidden_size, causal, clones)
+        hidden_size, causal = _run_once(module, spec)
+        replicas = ReplicaPool(module, _count_bytes(module))
+        return cls(module, spec, fingerprint, hidden_size, causal, replicas)
 
     @property
     def nbytes(self) -> int:
-        """Size in memory of the base and of the adapters on its free clones."""
-        return _count_bytes(self.module) + self.clones.nbytes
+        """Size in memory of the base and of the adapters on its free replicas."""
+        return _count_bytes(self.module) + self.replicas.nbytes
 
     @property
     def vocab_size(self) -> int:
@@ -155,11 +117,11 @@ class Backbone:
         *,
         keep_pooler: bool = False,
         holding: AdapterState | None = None,
-    ) -> AbstractContextManager[AdaptedClone]:
-        """Lend a clone of the base with LoRA layers, for the caller to train or fill.
+    ) -> AbstractContextManager[AdaptedReplica]:
+        """Lend a replica of the base with LoRA layers, for the caller to train or fill.
 
-        A clone of that shape that is free costs nothing, a new one PEFT's injection. It comes with
-        some earlier borrower's values. On an exception it is not lent again.
+        A free replica of that shape costs nothing; a new one costs PEFT's injection. It comes with
+        the values of whoever had it before. After an exception it is not lent again.
 
         Parameters
         ----------
@@ -168,18 +130,18 @@ class Backbone:
             Keep the base's pooler, if it has one. Without a use its LoRA would never get a
             gradient.
         holding : AdapterState, optional
-            Prefer the clone whose values are these.
+            Prefer the replica whose values are these.
 
         Returns
         -------
-        clone : context manager of AdaptedClone
+        replica : context manager of AdaptedReplica
 
         Raises
         ------
         ValueError
             If PEFT finds no module of that name in the base.
         """
-        return self.clones.lease(lora, keep_pooler=keep_pooler, holding=holding)
+        return self.replicas.lease(lora, keep_pooler=keep_pooler, holding=holding)
 
     def autocast(self) -> AbstractContextManager:
         """Precision of a forward pass: autocast on an accelerator, none on a CPU.
@@ -232,7 +194,7 @@ def _placement(spec: BackboneSpec) -> dict[str, Any]:
     return {"device_map": "sequential", "max_memory": room}
 
 
-def _refuse_offloading(spec: BackboneSpec, module: PreTrainedModel) -> None:
+def _check_all_on_gpus(spec: BackboneSpec, module: PreTrainedModel) -> None:
     places = set(getattr(module, "hf_device_map", {}).values())
     if spec.spread and places & {"cpu", "disk"}:
         raise ValueError(
@@ -242,20 +204,7 @@ def _refuse_offloading(spec: BackboneSpec, module: PreTrainedModel) -> None:
         )
 
 
-def storage_dtype(spec: BackboneSpec) -> torch.dtype:
-    """Dtype of what is not quantized: embeddings and norms, or everything."""
-    if spec.quantization is None:
-        return spec.compute_dtype
-    # On an accelerator bfloat16 halves the embeddings; float16 would overflow the residual stream.
-    on_accelerator = spec.device.type != "cpu"
-    return (
-        spec.compute_dtype
-        if on_accelerator and spec.compute_dtype == torch.bfloat16
-        else torch.float32
-    )
-
-
-def _refuse_missing_weights(model: str, module: PreTrainedModel, missing: set[str]) -> None:
+def _check_missing_weights(model: str, module: PreTrainedModel, missing: set[str]) -> None:
     """Refuse a base with random weights; drop a pooler that the checkpoint does not have."""
     if any(key.startswith("pooler.") for key in missing):
         drop_pooler(module)
@@ -281,7 +230,7 @@ def freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
                 layer.bias.data = layer.bias.data.to(compute_dtype)
 
 
-def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
+def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     """Width of the last hidden state, and whether a token sees only those before it.
 
     Configurations do not tell: `is_decoder` is unset for Llama. Two inputs that differ in their
@@ -300,7 +249,7 @@ def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
         return module(input_ids=ids, attention_mask=mask)[0][0]
 
     name = f"model={spec.model!r} ({module.config.model_type})"
-    module = clone_module(module)
+    module = replicate(module)
     drop_pooler(module)  # as most adapters will
     try:
         plain = hidden_states(ids, torch.ones_like(ids))
@@ -318,19 +267,6 @@ def _probe(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
             f"difference {error:.1e}). Wanted: a model that heeds the attention mask, such as BERT."
         )
     return plain.shape[-1], causal
-
-
-def describe_files(model: str) -> tuple:
-    """List the path and the files of a local folder, with sizes and times; () for a Hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return ()
-    files = []
-    for path in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # a temporary file of somebody who writes there
-            if path.is_file():
-                files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-    return folder.resolve(), *files
 
 
 def _count_bytes(module: PreTrainedModel) -> int:

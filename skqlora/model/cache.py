@@ -12,12 +12,14 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from skqlora._utils.caches import clear_caches
 from skqlora._utils.libraries import library_lock, muted
 
 if TYPE_CHECKING:
     import torch
 
-    from skqlora.model.backbone import Backbone, BackboneSpec
+    from skqlora.model.backbone import Backbone
+    from skqlora.model.spec import BackboneSpec
 
 LIMIT_VARIABLE = "SKQLORA_BACKBONE_CACHE_BYTES"
 
@@ -35,7 +37,7 @@ class BackboneCacheInfo:
     n_backbones : int
         Bases that are kept now.
     bytes : int
-        Their size in memory, with the adapters on their free clones.
+        Their size in memory, with the adapters on their free replicas.
     """
 
     hits: int
@@ -214,33 +216,22 @@ def count_bytes_of(spec: "BackboneSpec") -> int:
     return _cache.count_bytes_of(spec)
 
 
-def free_what_is_idle(spec: "BackboneSpec") -> None:
-    """Forget what is kept for later fits, but for the base of `spec`."""
-    from skqlora.training import state_store
-
-    state_store.forget()
+def drop_other_backbones(spec: "BackboneSpec") -> None:
+    """Forget the bases on the device of `spec`, except for its own."""
     _cache.drop_others(spec)
     _free_memory()
 
 
 def clear_backbone_cache():
-    """Forget the bases that this process keeps, their clones, tokenizers and tokenized texts.
+    """Forget the bases that this process keeps, their replicas, tokenizers and tokenized texts.
 
     And the hidden states of texts that fits with `layers` keep for later ones.
 
     Fitted classifiers stay as they are: their next prediction loads its base again. A base that a
     `fit` is using in another thread is freed when that ends.
     """
-    if "torch" in sys.modules:  # else nothing was ever loaded
-        from skqlora.memory.tracing import trace_training
-        from skqlora.model.architecture import check_architecture
-        from skqlora.text.tokenization import load_tokenizer
-        from skqlora.training import state_store
-
-        state_store.forget()
-        check_architecture.cache_clear()
-        trace_training.cache_clear()
-        load_tokenizer.cache_clear()
+    clear_caches()
+    if "torch" in sys.modules:  # otherwise no base was ever loaded
         _cache.clear()
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 ALIGNMENT = 256  # elements: a block of the 8-bit optimizer never spans two tensors
+# bitsandbytes pages the state of an optimizer only for tensors of so many elements. LoRA's own are
+# smaller: only in a flat buffer is their optimizer paged.
+PAGED_MIN_ELEMENTS = 100_000
 
 
 class FlatParameters:
@@ -46,7 +49,7 @@ class FlatParameters:
         """Size of the values in memory."""
         return self.leaf.nbytes
 
-    def write(self, values: Mapping[str, np.ndarray]) -> None:
+    def load_state_dict(self, values: Mapping[str, np.ndarray]) -> None:
         """Set every parameter: one copy to the device.
 
         Parameters
@@ -60,7 +63,7 @@ class FlatParameters:
             self._view(host, name)[...] = values[name]
         self.leaf.data.copy_(flat)
 
-    def read(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, np.ndarray]:
         """Return a copy of every parameter: one copy from the device, of which they are views."""
         host = self.leaf.detach().to("cpu", copy=True).numpy()
         return {name: self._view(host, name) for name in self._slots}

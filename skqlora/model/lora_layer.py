@@ -9,7 +9,7 @@ from peft.tuners.lora.bnb import Linear4bit
 class FusedLinear4bit(Linear4bit):
     """PEFT's layer, less the copies of its output where the base computes in float32.
 
-    PEFT clones the base's output, scales LoRA's product and adds the two: three passes over a
+    PEFT copies the base's output, scales LoRA's product and adds the two: three passes over a
     tensor as large as the output, for a product of rank r. Here one matrix product adds itself to
     the output of the base: y = W x + s B (A x), Hu et al., arXiv 2106.09685, eq. 3. The numbers
     are PEFT's but for float32's rounding. DoRA, what autocast mixes, and an adapter that is merged

@@ -24,12 +24,13 @@ from transformers import (
 from transformers.utils import cached_file
 
 from skqlora._utils.libraries import muted
-from skqlora.adapter import AdapterState, LoraSettings, TextSettings
-from skqlora.model.architecture import check_architecture, read_config
+from skqlora.adapter import AdapterState, Fitted, Footprint
+from skqlora.model.architecture import read_config
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
-from skqlora.model.replicas import has_conv1d
-from skqlora.model.text_classifier import TextClassifierModel, refuse_other_base
+from skqlora.model.lora import has_conv1d
+from skqlora.model.spec import BackboneSpec
+from skqlora.model.text_classifier import TextClassifierModel, check_base
 from skqlora.persistence.merging import HEADS, classification_config, merge, stock_model
 from skqlora.persistence.peft_format import (
     CONFIG_FILE,
@@ -40,13 +41,10 @@ from skqlora.persistence.peft_format import (
     write_adapter,
 )
 from skqlora.persistence.saved_format import check_head, check_lora, naming_the_file, typed
-from skqlora.text.tokenization import load_tokenizer
-from skqlora.training.setup import (
-    backbone_spec,
-    choose_max_length,
-    refuse_other_tokenizer,
-    text_settings,
-)
+from skqlora.settings.adapter_settings import LoraSettings, TextSettings
+from skqlora.settings.parameters import Parameters
+from skqlora.settings.settings import resolve_text
+from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # Entries of an adapter's configuration that are read here, or decide nothing about its result.
 UNDERSTOOD = {
@@ -83,35 +81,37 @@ HARMLESS_STARTS = (True, False, None, "gaussian")  # others change the base: PiS
 AS_PEFT_WROTE = "files as `PeftModel.save_pretrained` wrote them. Copy or save them again"
 
 
-def to_transformers(estimator: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def to_transformers(
+    parameters: Parameters, fitted: Fitted
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make a dense float32 model and its tokenizer; see `QLoRAClassifier.to_transformers`."""
-    backbone = _checked_base(estimator)
+    backbone = _checked_base(parameters, fitted.adapter)
     spec = backbone.spec
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=False
     )
     tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
-    text = estimator.adapter_.text
+    text = fitted.adapter.text
     _warn_of_what_is_not_kept(text, kept=("head", "tail"))
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left" if text.truncation == "tail" else "right"
     tokenizer.model_max_length = text.max_length
     config = classification_config(
         backbone.module.config,
-        [str(label) for label in estimator.classes_.tolist()],
-        multilabel=estimator.multilabel_,
+        [str(label) for label in fitted.classes.tolist()],
+        multilabel=fitted.multilabel,
         pad_id=tokenizer.pad_token_id,
     )
-    return merge(backbone, estimator.adapter_, config), tokenizer
+    return merge(backbone, fitted.adapter, config), tokenizer
 
 
-def _checked_base(estimator: Any) -> Backbone:
-    """Load the base; refuse it or its tokenizer if the adapter was not trained with them."""
-    spec = backbone_spec(estimator, estimator.adapter_)
-    backbone = get_backbone(spec, verbose=bool(estimator.verbose))
-    refuse_other_base(backbone, estimator.adapter_)
+def _checked_base(parameters: Parameters, adapter: AdapterState) -> Backbone:
+    """Load the base; raise ValueError if the adapter was trained with another base or tokenizer."""
+    spec = BackboneSpec.of(parameters, adapter)
+    backbone = get_backbone(spec, verbose=bool(parameters.verbose))
+    check_base(backbone, adapter)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    refuse_other_tokenizer(spec, tokenizer, estimator.adapter_)
+    check_tokenizer(tokenizer, spec.model, adapter.tokenizer_fingerprint)
     return backbone
 
 
@@ -143,9 +143,9 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
     )
 
 
-def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
+def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: str) -> None:
     """Write that model, rounded to a dtype, and its tokenizer."""
-    model, tokenizer = to_transformers(estimator)
+    model, tokenizer = to_transformers(parameters, fitted)
     try:
         with muted():
             model.to(getattr(torch, dtype)).save_pretrained(folder)
@@ -154,12 +154,12 @@ def write_merged(estimator: Any, folder: Path, dtype: str) -> None:
         raise OSError(errno.EIO, f"The merged model could not be written: {error}") from error
 
 
-def write_peft(estimator: Any, folder: Path) -> None:
+def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
-    adapter: AdapterState = estimator.adapter_
-    spec = _checked_base(estimator).spec
+    adapter = fitted.adapter
+    spec = _checked_base(parameters, adapter).spec
     _warn_of_what_is_not_kept(adapter.text, kept=("head",))
-    model, revision = os.fspath(estimator.model), spec.revision
+    model, revision = parameters.model, spec.revision
     stock, base, head_name = _stock_skeleton(read_config(model, revision), adapter.pooling)
     write_adapter(
         folder,
@@ -167,8 +167,8 @@ def write_peft(estimator: Any, folder: Path) -> None:
         adapter.lora_tensors,
         model=model,
         revision=revision,
-        lora_dropout=estimator.lora_dropout,
-        fan_in_fan_out=estimator.quantization is None and has_conv1d(stock),
+        lora_dropout=parameters.lora_dropout,
+        fan_in_fan_out=parameters.quantization is None and has_conv1d(stock),
         within=base,
         head=adapter.head_tensors,
         head_name=head_name,
@@ -177,7 +177,7 @@ def write_peft(estimator: Any, folder: Path) -> None:
 
 def read_peft(
     kind: Any, path: str | os.PathLike, classes: Any, multilabel: bool, changes: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], Fitted]:
     """Read an adapter of PEFT's; see `QLoRAClassifier.from_peft`.
 
     Parameters
@@ -191,8 +191,9 @@ def read_peft(
 
     Returns
     -------
-    parameters, fitted : dict
-        Of the classifier, by name.
+    parameters : dict
+        The classifier's, by name.
+    fitted : Fitted
     """
     config = read_peft_config(path)
     targets = config["target_modules"]
@@ -208,25 +209,27 @@ def read_peft(
     }
     estimator = kind(**parameters | changes)
     estimator._validate_params()
-    adapter, footprint = read_peft_weights(path, config, estimator)
+    typed_parameters = Parameters.of(estimator.get_params(deep=False))
+    adapter, footprint = read_peft_weights(path, config, typed_parameters)
     labels, adapter = _sorted_by_class(adapter, classes)
     parameters |= {
         "target_modules": list(adapter.lora.target_modules),
         "pooling": adapter.pooling,
     }
-    return parameters | changes, {
-        "classes_": labels,
-        "multilabel_": multilabel,
-        "adapter_": adapter,
-        "n_iter_": 0,
-        "n_samples_seen_": 0,
-        "loss_curve_": [],
-        "validation_scores_": None,
-        "best_validation_score_": None,
-        "optimizer_state_": None,
-        "footprint_": footprint,
-        "_random_seed": 0,
-    }
+    return parameters | changes, Fitted(
+        classes=labels,
+        multilabel=multilabel,
+        adapter=adapter,
+        n_iter=0,
+        n_samples_seen=0,
+        loss_curve=[],
+        validation_scores=None,
+        best_validation_score=None,
+        optimizer_state=None,
+        footprint=footprint,
+        settings=None,
+        random_seed=0,
+    )
 
 
 def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -268,9 +271,9 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_peft_weights(
-    path: str | os.PathLike, config: dict[str, Any], estimator: Any
-) -> tuple[AdapterState, Any]:
-    """Read an adapter's weights and try them on the estimator's base.
+    path: str | os.PathLike, config: dict[str, Any], parameters: Parameters
+) -> tuple[AdapterState, Footprint]:
+    """Read an adapter's weights and try them on the base that the parameters mean.
 
     Parameters
     ----------
@@ -278,8 +281,8 @@ def read_peft_weights(
         A folder, or the id of a repository of the Hub.
     config : dict
         Of `read_peft_config`.
-    estimator : QLoRAClassifier
-        Its base and `max_length` are read.
+    parameters : Parameters
+        The base and what a text becomes are read from them.
 
     Returns
     -------
@@ -303,7 +306,7 @@ def read_peft_weights(
             "that was saved with its head (modules_to_save)."
         )
     pooling = next(pooling for pooling, head in HEADS.items() if head == head_name)
-    spec = backbone_spec(estimator)
+    spec = BackboneSpec.of(parameters)
     base_config = read_config(spec.model, spec.revision)
     try:
         _, base, _ = _stock_skeleton(base_config, pooling)
@@ -324,11 +327,9 @@ def read_peft_weights(
                 f"{os.fspath(path)!r} holds {name!r}, which is neither LoRA on {base!r} nor a "
                 f"linear layer {head_name!r}. Wanted: an adapter of these alone."
             )
-    architecture = check_architecture(
-        spec.model, spec.revision, quantized=spec.quantization is not None, files=spec.files
-    )
+    architecture = spec.architecture(progress_bars=bool(parameters.verbose))
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    backbone = get_backbone(spec, verbose=bool(estimator.verbose))
+    backbone = get_backbone(spec, verbose=bool(parameters.verbose))
     lora = LoraSettings(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -343,10 +344,7 @@ def read_peft_weights(
     state = AdapterState(
         lora=lora,
         pooling=pooling,
-        text=text_settings(
-            estimator,
-            choose_max_length(estimator, architecture.max_positions, tokenizer.max_length),
-        ),
+        text=resolve_text(parameters, architecture.max_length(tokenizer.max_length)),
         model=spec.model,
         revision=spec.revision,
         fingerprint=backbone.fingerprint,
@@ -354,7 +352,7 @@ def read_peft_weights(
         lora_tensors=lora_tensors,
         head_tensors=head_tensors,
     )
-    with TextClassifierModel.restored(backbone, state) as model:  # refuses what does not fit
+    with TextClassifierModel.for_prediction(backbone, state) as model:  # refuses what does not fit
         return state, backbone.footprint(model.count_trainable())
 
 

@@ -47,7 +47,7 @@ def written_folder(
         written. What is there stays as it is.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-    _refuse_what_is_there(target, replaceable)
+    _check_replaceable(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -80,7 +80,7 @@ def _move(folder: Path, target: Path, replaceable: Sequence[str] | None) -> None
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        _refuse_what_is_there(target, replaceable)  # another process may have been faster
+        _check_replaceable(target, replaceable)  # another process may have been faster
         _exchange(folder, target)
 
 
@@ -102,7 +102,7 @@ def _exchange(folder: Path, target: Path) -> None:
     os.rename(aside, folder)
 
 
-def _refuse_what_is_there(target: Path, replaceable: Sequence[str] | None) -> None:
+def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():

@@ -21,9 +21,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.libraries import library_lock
-from skqlora.adapter import AdapterState
+from skqlora.adapter import AdapterState, check_shapes
 from skqlora.model.backbone import Backbone
-from skqlora.model.replicas import ADAPTER, drawing_nothing, peft_config, refuse_other_shapes
+from skqlora.model.lora import ADAPTER, peft_config
+from skqlora.model.modules import NoRandomInit
 from skqlora.persistence.peft_format import adapted_modules
 
 HEADS = {"last": "score", "pooler": "classifier"}  # by pooling, the stock classes' names
@@ -56,7 +57,7 @@ def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel
     )
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise refusal
-    with library_lock, drawing_nothing():
+    with library_lock, NoRandomInit():
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     base_name, head_name = model.base_model_prefix, HEADS.get(pooling, "")
     base = getattr(model, base_name, None)
@@ -111,7 +112,7 @@ def merge(backbone: Backbone, state: AdapterState, config: PreTrainedConfig) -> 
     with torch.no_grad():
         base.load_state_dict(_dense_state(backbone.module, base), assign=True)
         _add_adapter(base, state)
-        refuse_other_shapes(
+        check_shapes(
             state.head_tensors, {name: tuple(p.shape) for name, p in head.named_parameters()}
         )
         for name, parameter in head.named_parameters():
@@ -147,12 +148,10 @@ def _dequantized(weight: Any) -> torch.Tensor:
 def _add_adapter(base: nn.Module, state: AdapterState) -> None:
     targets = tuple(adapted_modules(state.lora_tensors))
     lora = replace(state.lora, target_modules=targets)
-    with library_lock, drawing_nothing():
+    with library_lock, NoRandomInit():
         adapted = LoraModel(base, {ADAPTER: peft_config(lora, base)}, ADAPTER)
     parameters = {name: p for name, p in adapted.model.named_parameters() if ".lora_" in name}
-    refuse_other_shapes(
-        state.lora_tensors, {name: tuple(p.shape) for name, p in parameters.items()}
-    )
+    check_shapes(state.lora_tensors, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, parameter in parameters.items():
         parameter.copy_(torch.tensor(state.lora_tensors[name]))
     adapted.merge_and_unload()

@@ -1,7 +1,10 @@
 """The page that tells people, and the Hub, what a saved classifier is."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+from skqlora.adapter import Fitted
 
 MAX_CLASSES = 50  # named on the page
 TEMPLATE = """\
@@ -28,13 +31,14 @@ The base is not part of this repository: it is loaded at the first prediction.
 """
 
 
-def model_card(parameters: dict[str, Any], fitted: dict[str, Any], path: str) -> str:
+def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
     """Write a model card in the form of the Hugging Face Hub.
 
     Parameters
     ----------
-    parameters, fitted : dict
-        Of the estimator, by name.
+    parameters : mapping of str to object
+        The estimator's parameters.
+    fitted : Fitted
     path : str
         Where the classifier is to be loaded from.
 
@@ -52,24 +56,24 @@ def model_card(parameters: dict[str, Any], fitted: dict[str, Any], path: str) ->
         pipeline_tag="text-classification",
         tags=["peft", "lora", "qlora", "scikit-learn"],
     )
-    prompt = fitted["adapter_"].text.prompt
-    score, losses = fitted["best_validation_score_"], fitted["loss_curve_"]
+    prompt = fitted.adapter.text.prompt
+    score, losses = fitted.best_validation_score, fitted.loss_curve
     rows = {
         "base": f"{model}, {parameters['quantization'] or 'not quantized'}",
-        "adapter": f"LoRA of rank {fitted['adapter_'].lora.r}",
-        "trained parameters": f"{fitted['footprint_'].trainable_parameters:,}",
-        "training texts": f"{fitted['n_samples_seen_']:,}" if losses else None,
+        "adapter": f"LoRA of rank {fitted.adapter.lora.r}",
+        "trained parameters": f"{fitted.footprint.trainable_parameters:,}",
+        "training texts": f"{fitted.n_samples_seen:,}" if losses else None,
         "prompt": repr(prompt) if prompt else None,
-        "epochs": fitted["n_iter_"],
+        "epochs": fitted.n_iter,
         "training loss": f"{losses[-1]:.4f} nats" if losses else None,
         "validation score": None if score is None else f"{score:.4f}",
     }
-    labels = [str(label) for label in fitted["classes_"].tolist()]
+    labels = [str(label) for label in fitted.classes.tolist()]
     if len(labels) > MAX_CLASSES:
         labels[MAX_CLASSES:] = [f"and {len(labels) - MAX_CLASSES} more"]
     return TEMPLATE.format(
         header=header.to_yaml(),
-        n_classes=len(fitted["classes_"]),
+        n_classes=len(fitted.classes),
         base=os.path.basename(model),
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value),
         classes=", ".join(labels),

@@ -15,21 +15,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from skqlora.adapter import (
-    TEXT_FIELD,
-    TRUNCATIONS,
-    AdapterState,
-    Footprint,
-    LoraSettings,
-    OptimizerState,
-    TextSettings,
-)
+from skqlora.adapter import AdapterState, Fitted, Footprint, OptimizerState
 from skqlora.persistence.peft_format import PREFIX, from_peft_name
+from skqlora.settings.adapter_settings import TEXT_FIELD, TRUNCATIONS, LoraSettings, TextSettings
 
 FORMAT_VERSION = 1
 
@@ -66,7 +59,7 @@ LABEL_KINDS = "OUbiufM"  # str, bool, int, float and dates
 
 
 def write_classifier(
-    folder: Path, parameters: dict[str, Any], fitted: dict[str, Any], version: str
+    folder: Path, parameters: dict[str, Any], fitted: Fitted, version: str
 ) -> None:
     """Write everything but PEFT's files, which must be there already, and the model card.
 
@@ -75,8 +68,7 @@ def write_classifier(
     folder : Path
     parameters : dict
         Of the estimator, by name.
-    fitted : dict
-        The estimator's fitted attributes, by name.
+    fitted : Fitted
     version : str
         Of this package.
 
@@ -85,8 +77,7 @@ def write_classifier(
     ValueError
         If a parameter cannot be written as JSON.
     """
-    adapter: AdapterState = fitted["adapter_"]
-    optimizer: OptimizerState | None = fitted["optimizer_state_"]
+    adapter, optimizer, settings = fitted.adapter, fitted.optimizer_state, fitted.settings
     (folder / FILES.head).write_bytes(safetensors.numpy.save(dict(adapter.head_tensors)))
     if optimizer is not None:
         (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(optimizer_arrays(optimizer)))
@@ -94,15 +85,16 @@ def write_classifier(
         "format_version": FORMAT_VERSION,
         "skqlora_version": version,
         "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
-        "classes": _classes_to_json(fitted["classes_"]),
-        "multilabel": fitted["multilabel_"],
-        "n_iter": fitted["n_iter_"],
-        "n_samples_seen": fitted["n_samples_seen_"],
-        "loss_curve": fitted["loss_curve_"],
-        "validation_scores": scores_to_json(fitted["validation_scores_"]),
-        "best_validation_score": fitted["best_validation_score_"],
-        "random_seed": fitted["_random_seed"],
-        "footprint": asdict(fitted["footprint_"]),
+        "classes": _classes_to_json(fitted.classes),
+        "multilabel": fitted.multilabel,
+        "n_iter": fitted.n_iter,
+        "n_samples_seen": fitted.n_samples_seen,
+        "loss_curve": fitted.loss_curve,
+        "validation_scores": scores_to_json(fitted.validation_scores),
+        "best_validation_score": fitted.best_validation_score,
+        "random_seed": fitted.random_seed,
+        "footprint": asdict(fitted.footprint),
+        "settings": None if settings is None else settings.settled(),
         "adapter": {
             "lora": asdict(adapter.lora),
             "pooling": adapter.pooling,
@@ -123,7 +115,15 @@ def write_classifier(
     (folder / FILES.manifest).write_text(text + "\n", encoding="utf-8")
 
 
-def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+class SavedClassifier(NamedTuple):
+    """What is read from a folder: parameters by name, what was fitted, and `Settings.settled`."""
+
+    parameters: dict[str, Any]
+    fitted: Fitted
+    settled: dict[str, Any] | None
+
+
+def read_classifier(folder: Path) -> SavedClassifier:
     """Read what `write_classifier` wrote.
 
     Parameters
@@ -132,8 +132,9 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns
     -------
-    parameters, fitted : dict
-        Of the estimator, by name.
+    saved : SavedClassifier
+        Its `fitted` has no `settings` yet: they are put together from the parameters and `settled`,
+        which folders of older versions lack.
 
     Raises
     ------
@@ -161,20 +162,23 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         parameters = {
             name: _from_json(value) for name, value in typed(manifest, "parameters", dict).items()
         }
-        fitted = {
-            "classes_": _classes_from_json(typed(manifest, "classes", dict)),
-            "multilabel_": typed(manifest, "multilabel", bool),
-            "n_iter_": typed(manifest, "n_iter", int),
-            "n_samples_seen_": typed(manifest, "n_samples_seen", int),
-            "loss_curve_": [float(loss) for loss in typed(manifest, "loss_curve", list)],
-            "validation_scores_": scores_from_json(manifest["validation_scores"]),
-            "best_validation_score_": typed(manifest, "best_validation_score", (float, type(None))),
-            "footprint_": Footprint(**typed(manifest, "footprint", dict)),
-            "_random_seed": typed(manifest, "random_seed", int),
-        }
+        fitted_with = partial(
+            Fitted,
+            classes=_classes_from_json(typed(manifest, "classes", dict)),
+            multilabel=typed(manifest, "multilabel", bool),
+            n_iter=typed(manifest, "n_iter", int),
+            n_samples_seen=typed(manifest, "n_samples_seen", int),
+            loss_curve=[float(loss) for loss in typed(manifest, "loss_curve", list)],
+            validation_scores=scores_from_json(manifest["validation_scores"]),
+            best_validation_score=typed(manifest, "best_validation_score", (float, type(None))),
+            footprint=Footprint(**typed(manifest, "footprint", dict)),
+            settings=None,
+            random_seed=typed(manifest, "random_seed", int),
+        )
+        settled = _settled_from_json(manifest.get("settings"))
         of_adapter = typed(manifest, "adapter", dict)
         lora = _lora_from_json(typed(of_adapter, "lora", dict))
-        adapter = partial(
+        adapter_with = partial(
             AdapterState,
             lora=lora,
             pooling=typed(of_adapter, "pooling", str),
@@ -195,15 +199,14 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         check_lora(lora_tensors, lora)
     with naming_the_file(folder / FILES.head):
         head_tensors = tensors[FILES.head]
-        check_head(head_tensors, len(fitted["classes_"]))
-    fitted["adapter_"] = adapter(lora_tensors=lora_tensors, head_tensors=head_tensors)
-    fitted["optimizer_state_"] = None
+        check_head(head_tensors, len(fitted_with.keywords["classes"]))
+    optimizer = None
     if FILES.optimizer in tensors:
         with naming_the_file(folder / FILES.optimizer):
-            fitted["optimizer_state_"] = optimizer_from_json(
-                manifest["optimizer"], tensors[FILES.optimizer]
-            )
-    return parameters, fitted
+            optimizer = optimizer_from_json(manifest["optimizer"], tensors[FILES.optimizer])
+    adapter = adapter_with(lora_tensors=lora_tensors, head_tensors=head_tensors)
+    fitted = fitted_with(adapter=adapter, optimizer_state=optimizer)
+    return SavedClassifier(parameters, fitted, settled)
 
 
 def checksum(manifest: dict[str, Any]) -> str:
@@ -332,6 +335,20 @@ def scores_to_json(scores: list[float] | None) -> list[float | None] | None:
 def scores_from_json(scores: list[float | None] | None) -> list[float] | None:
     """Read null as nan."""
     return None if scores is None else [math.nan if s is None else float(s) for s in scores]
+
+
+def _settled_from_json(settled: Any) -> dict[str, Any] | None:
+    """Check what `Settings.settled` returned; None where there is none."""
+    if settled is None:
+        return None
+    types = {
+        **dict.fromkeys(("device", "compute_dtype", "pooling"), str),
+        **dict.fromkeys(("max_length", "num_train_epochs"), int),
+        **dict.fromkeys(("learning_rate", "head_learning_rate"), float),
+        **dict.fromkeys(("gradient_checkpointing", "incremental"), bool),
+        "chosen": list,
+    }
+    return {name: typed(settled, name, kind) for name, kind in types.items()}
 
 
 def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:

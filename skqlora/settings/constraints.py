@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from sklearn.metrics import get_scorer_names
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
-from skqlora.adapter import TRUNCATIONS
+from skqlora.settings.adapter_settings import TRUNCATIONS
 
 SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 PARAMETER_CONSTRAINTS: dict[str, list] = {

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 MEGABATCHES_MIN = 4  # an epoch is cut into at least so many megabatches, to keep batches random
 MEGABATCH_SIZE_MAX = 50  # effective batches that are sorted by length together
+CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores
 
 
 class TokenizedTexts:
@@ -95,6 +96,27 @@ def training_batches(
         megabatch = megabatch[np.argsort(-lengths[megabatch], kind="stable")]
         batches += [megabatch[i : i + batch_rows] for i in range(0, len(megabatch), batch_rows)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def largest_pass(batch_size: int, longest: int, *, on_cpu: bool) -> int:
+    """Tell how many texts of the greatest length share a forward pass of a training.
+
+    Parameters
+    ----------
+    batch_size : int
+        The most that may.
+    longest : int
+        Tokens of each.
+    on_cpu : bool
+        On a CPU fewer long texts share a pass than may: that is faster.
+
+    Returns
+    -------
+    n_texts : int
+    """
+    if on_cpu:
+        return min(batch_size, max(1, CPU_TRAINING_TOKENS // longest))
+    return batch_size
 
 
 def cut_by_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[slice]:

@@ -16,8 +16,6 @@ SEVERAL_LABELS = (
     "sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
 )
 
-PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
-
 
 def check_texts(X: Any, name: str = "X") -> list[str]:
     """Turn a user's texts into a list of str.
@@ -296,7 +294,7 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
     return classes
 
 
-def refuse_other_classes(table: LabelledTexts, classes: np.ndarray, multilabel: bool) -> None:
+def check_same_classes(table: LabelledTexts, classes: np.ndarray, multilabel: bool) -> None:
     """Refuse to go on with a head that is not of the table's classes.
 
     Raises
@@ -383,7 +381,7 @@ def _as_array(y: Any, name: str) -> np.ndarray:
 def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
     """Refuse a column of labels that are not of one kind; return it in their dtype."""
     if labels.dtype != object:
-        labels = _refuse_missing(labels, name)
+        labels = _check_no_missing(labels, name)
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
             raise ValueError(
                 f"Input {name} contains infinity. Wanted: class labels, e.g. str or int."
@@ -392,7 +390,7 @@ def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
         for position, label in enumerate(labels):
             if isinstance(label, (list, tuple, set, frozenset, np.ndarray)):
                 raise ValueError(f"Got {name}[{position}] = {_short(label)}. {SEVERAL_LABELS}")
-        labels = _refuse_missing(labels, name)
+        labels = _check_no_missing(labels, name)
         if len({isinstance(label, str) for label in labels}) > 1:
             types = sorted({type(label).__name__ for label in labels})
             raise ValueError(
@@ -434,7 +432,7 @@ def _check_indicator(
     return np.arange(n_labels), values.astype(np.int64)
 
 
-def _refuse_missing(labels: np.ndarray, name: str) -> np.ndarray:
+def _check_no_missing(labels: np.ndarray, name: str) -> np.ndarray:
     for position, label in enumerate(labels):
         if _is_missing(label):
             raise ValueError(

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import muted
-from skqlora.adapter import TEXT_FIELD, TextSettings
+from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
 from skqlora.text.batches import TokenizedTexts
 
-PROBES = (
+FINGERPRINTED_TEXTS = (
     "",
     "The quick brown FOX can't jump over 1,234.56 lazy dogs: it's 7am!",
     "  two  spaces,\ttabs\r\nand lines ",
@@ -41,7 +42,7 @@ class Encoded(NamedTuple):
     is_cut: bool
 
 
-@functools.lru_cache(maxsize=4)
+@registered_lru_cache(maxsize=4)
 def load_tokenizer(
     model: str, revision: str | None = None, files: tuple = ()
 ) -> "CachingTokenizer":
@@ -82,6 +83,31 @@ def load_tokenizer(
     return CachingTokenizer(tokenizer)
 
 
+def check_tokenizer(tokenizer: "CachingTokenizer", model: str, fingerprint: str) -> None:
+    """Check that a tokenizer is the one that an adapter was trained with.
+
+    Parameters
+    ----------
+    tokenizer : CachingTokenizer
+    model : str
+        What the user passed as `model`.
+    fingerprint : str
+        Fingerprint of the tokenizer that the adapter was trained with.
+
+    Raises
+    ------
+    ValueError
+        If it is another one.
+    """
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(
+            f"The tokenizer of model={model!r} (fingerprint {tokenizer.fingerprint[:12]}) is "
+            f"not the one that was fitted with (fingerprint {fingerprint[:12]}). "
+            "Put the tokenizer's files back into the base's folder, or call `fit` with "
+            "warm_start=False."
+        )
+
+
 class CachingTokenizer:
     """A tokenizer for any number of threads that remembers the texts it has seen.
 
@@ -111,7 +137,7 @@ class CachingTokenizer:
         Of what the tokenizer does and not of its files, which other versions write otherwise.
         """
         vocabulary = sorted(self._tokenizer.get_vocab().items())
-        ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in PROBES]
+        ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in FINGERPRINTED_TEXTS]
         return hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
 
     @property
@@ -158,7 +184,7 @@ class CachingTokenizer:
         UserWarning
             If texts were cut: with their share.
         """
-        self._refuse_too_short(settings)
+        self._check_max_length(settings)
         known = self._recall(texts, settings)
         unknown = list(dict.fromkeys(text for text in texts if text not in known))
         if unknown:
@@ -172,7 +198,7 @@ class CachingTokenizer:
         counts = np.array([len(text.windows) for text in encoded])
         return TokenizedTexts(windows, pad_id), counts
 
-    def _refuse_too_short(self, settings: TextSettings) -> None:
+    def _check_max_length(self, settings: TextSettings) -> None:
         """Refuse a `max_length` that holds no text beside what is always there."""
         n_special = n_kept = self._tokenizer.num_special_tokens_to_add()
         what = f"the tokenizer adds {n_special} special tokens to each text"

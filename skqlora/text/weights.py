@@ -131,3 +131,30 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
             f"labels as they are in y, of the same type: {names[:20]}."
         )
     return [class_weight.get(name, 1.0) for name in names]
+
+
+def expand_windows(
+    table: LabelledTexts, weights: np.ndarray, counts: np.ndarray
+) -> tuple[LabelledTexts, np.ndarray]:
+    """Give each window of a text the text's label and an equal part of its weight.
+
+    Parameters
+    ----------
+    table : LabelledTexts
+        The n_texts texts.
+    weights : ndarray of the shape of the targets
+    counts : ndarray of int, of shape (n_texts,)
+        Number of windows of each text.
+
+    Returns
+    -------
+    table : LabelledTexts
+        With as many rows as there are windows.
+    weights : ndarray of the shape of its targets
+        With the same mean as before.
+    """
+    if counts.max() == 1:
+        return table, weights
+    owners = np.repeat(np.arange(len(counts)), counts)
+    parts = (counts.mean() / counts)[owners]
+    return table.take(owners), weights[owners] * parts.reshape(-1, *[1] * (weights.ndim - 1))

@@ -5,6 +5,8 @@ Knows nothing of models.
 
 from typing import Any
 
+from sklearn.base import BaseEstimator
+
 from skqlora.text.inputs import LabelledTexts
 
 try:
@@ -40,7 +42,7 @@ class FitTasks:
         What is trained on.
     """
 
-    def __init__(self, estimator: Any, n_epochs: int, table: LabelledTexts):
+    def __init__(self, estimator: BaseEstimator, n_epochs: int, table: LabelledTexts):
         self._estimator = estimator
         self._told = {"X": table.texts, "y": table.labels}
         if table.sample_weight is not None:
@@ -57,23 +59,25 @@ class FitTasks:
             self._epoch = self._root.subcontext(task_name="epoch")
             self._epoch.call_on_fit_task_begin(estimator=self._estimator, **self._told)
 
-    def end_epoch(self, attributes: dict[str, Any]) -> bool:
+    def end_epoch(self, fitted: BaseEstimator) -> bool:
         """Tell that the epoch has ended; return whether a callback wants to stop.
 
         Parameters
         ----------
-        attributes : dict
-            What makes the estimator a fitted one, as if the fit ended now.
+        fitted : QLoRAClassifier
+            What the estimator would be if the fit ended now.
         """
-        return self._end(self._epoch, attributes)
+        return self._end(self._epoch, fitted)
 
-    def end(self, attributes: dict[str, Any]) -> None:
+    def end(self, fitted: BaseEstimator) -> None:
         """Tell that the fit has ended."""
-        self._end(self._root, attributes)
+        self._end(self._root, fitted)
 
-    def _end(self, task: Any, attributes: dict[str, Any]) -> bool:
+    def _end(self, task: Any, fitted: BaseEstimator) -> bool:
         if task is None:
             return False
+        unfitted = CALLBACK_ATTRIBUTES.union(fitted.get_params(deep=False))
+        attributes = {name: value for name, value in vars(fitted).items() if name not in unfitted}
         return task.call_on_fit_task_end(
             estimator=self._estimator,
             reconstruction_attributes=attributes,

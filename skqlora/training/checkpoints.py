@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -52,7 +53,7 @@ class Checkpoint:
     kept : dict of str to ndarray, or None
         Tensors of the adapter that the fit would keep if it ended now, by `adapter_tensors`.
     stopping : dict or None
-        Of `EarlyStopping.snapshot`.
+        Of `EarlyStopping.state_dict`.
     """
 
     trainer: TrainerState
@@ -76,7 +77,7 @@ def with_tensors(adapter: AdapterState, tensors: dict[str, np.ndarray]) -> Adapt
     )
 
 
-def check_checkpoint_parameters(estimator: Any) -> None:
+def check_checkpoint_parameters(params: Mapping[str, Any]) -> None:
     """Refuse what could not be known again or not be written, before a model is loaded.
 
     Raises
@@ -86,19 +87,19 @@ def check_checkpoint_parameters(estimator: Any) -> None:
     OSError
         If the folder cannot be made.
     """
-    if estimator.checkpoint_dir is None:
+    if params["checkpoint_dir"] is None:
         return
-    if not isinstance(estimator.random_state, Integral):
+    if not isinstance(params["random_state"], Integral):
         raise ValueError(
-            f"Got checkpoint_dir with random_state={estimator.random_state!r}. Wanted: an int, so "
+            f"Got checkpoint_dir with random_state={params['random_state']!r}. Wanted: an int, so "
             "that the same call of fit is known again and goes on to the same result."
         )
-    if callable(estimator.scoring):
+    if callable(params["scoring"]):
         raise ValueError(
-            f"Got checkpoint_dir with scoring={estimator.scoring!r}. Wanted: the name of a scorer, "
+            f"Got checkpoint_dir with scoring={params['scoring']!r}. Wanted: the name of a scorer, "
             "since nobody can tell whether a function is the same at the next call."
         )
-    os.makedirs(estimator.checkpoint_dir, exist_ok=True)
+    os.makedirs(params["checkpoint_dir"], exist_ok=True)
 
 
 class Checkpoints:
@@ -108,23 +109,22 @@ class Checkpoints:
 
     Parameters
     ----------
-    estimator : QLoRAClassifier
-        Its parameters are read.
+    params : mapping of str to object
+        The estimator's parameters.
     identity : object
         Everything else that decides what the fit comes to.
     n_threads : int
         That torch computes on. With another number the result is the same up to rounding.
     """
 
-    def __init__(self, estimator: Any, identity: Any, n_threads: int):
+    def __init__(self, params: Mapping[str, Any], identity: Any, n_threads: int):
         from skqlora import __version__
         from skqlora._utils.processes import lock_of_machine  # loads torch
 
-        params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
         versions = [__version__, *map(importlib.metadata.version, PACKAGES)]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
-        self._folder = Path(os.fspath(estimator.checkpoint_dir)) / f"fit-{self._key}"
+        self._folder = Path(os.fspath(params["checkpoint_dir"])) / f"fit-{self._key}"
         self._n_threads = n_threads
         # Not in the folder itself, which may be on a network disk that knows no locks.
         self._lock = lock_of_machine(f"fit-{self._key}")

@@ -100,7 +100,7 @@ class Ranks:
             raise error
         return value
 
-    def refuse_differences(self, inputs: Callable[[], object]) -> None:
+    def check_same_inputs(self, inputs: Callable[[], object]) -> None:
         """Refuse to train on ranks that were not given the same.
 
         Parameters

@@ -4,14 +4,16 @@ Knows nothing of how a model is trained.
 """
 
 import math
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
 
-from skqlora.adapter import AdapterState
+from skqlora.adapter import AdapterState, Fitted
 from skqlora.text.inputs import LabelledTexts
 
 
@@ -28,15 +30,16 @@ class EarlyStopping:
 
     Attributes
     ----------
+    held_out : LabelledTexts
     best : AdapterState or None
         That with the best score so far.
     """
 
-    def __init__(self, estimator: Any, held_out: LabelledTexts, earlier: list[float]):
+    def __init__(self, estimator: BaseEstimator, held_out: LabelledTexts, earlier: list[float]):
         self._scoring = scoring = estimator.scoring
         self._scorer = _loss_scorer if scoring == "loss" else check_scoring(estimator, scoring)
         self._patience, self._tol = estimator.n_iter_no_change, estimator.tol
-        self._held_out = held_out
+        self.held_out = held_out
         self._epochs_without_change = 0
         self._scores = list(earlier)
         self.best: AdapterState | None = None
@@ -52,7 +55,7 @@ class EarlyStopping:
         ValueError
             If the scorer fails, or the score is no finite number.
         """
-        table = self._held_out
+        table = self.held_out
         weights = {} if table.sample_weight is None else {"sample_weight": table.sample_weight}
         try:
             score = self._scorer(fitted, table.texts, table.labels, **weights)
@@ -76,7 +79,7 @@ class EarlyStopping:
             )
         return float(score)
 
-    def start_from(self, score: float, adapter: AdapterState) -> None:
+    def set_baseline(self, score: float, adapter: AdapterState) -> None:
         """Keep an adapter from before the first epoch until there is a better one."""
         self.best, self._best_score = adapter, score
 
@@ -93,27 +96,29 @@ class EarlyStopping:
         self._scores.append(score)
         return self._epochs_without_change >= self._patience
 
-    def snapshot(self) -> dict[str, Any]:
-        """Copy where it stands, but for the best adapter."""
+    def state_dict(self) -> dict[str, Any]:
+        """Copy where it stands, except for the best adapter."""
         return {
             "scores": list(self._scores),
             "best_score": self._best_score,
             "epochs_without_change": self._epochs_without_change,
         }
 
-    def restore(self, state: dict[str, Any], best: AdapterState | None) -> None:
-        """Go to where it stood."""
+    def load_state_dict(self, state: dict[str, Any], best: AdapterState | None) -> None:
+        """Continue where it stood."""
         self.best, self._best_score = best, state["best_score"]
         self._scores = list(state["scores"])
         self._epochs_without_change = state["epochs_without_change"]
 
-    def attributes(self) -> dict[str, Any]:
-        """Return what early stopping makes of the estimator's fitted attributes."""
-        return {
-            "adapter_": self.best,
-            "validation_scores_": list(self._scores),
-            "best_validation_score_": self._best_score,
-        }
+    def apply_to(self, fitted: Fitted) -> Fitted:
+        """Return what a fit comes to with the best adapter, and the scores."""
+        assert self.best is not None  # an epoch is over
+        return replace(
+            fitted,
+            adapter=self.best,
+            validation_scores=list(self._scores),
+            best_validation_score=self._best_score,
+        )
 
 
 def hold_out(

@@ -1,21 +1,24 @@
 """One fit, epoch by epoch: train, score, tell the callbacks, write a checkpoint, stop.
 
-Of torch it asks the number of threads alone. The estimator is only read; its caller sets what comes
-of the fit.
+It loads torch when a fit begins, not when it is imported. The estimator is only read; it sets what
+comes of the fit itself.
 """
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
 from skqlora._utils.libraries import import_libraries
-from skqlora.adapter import AdapterState
-from skqlora.settings.recipe import auto_epochs
+from skqlora.adapter import AdapterState, Fitted
+from skqlora.settings.parameters import Parameters
+from skqlora.settings.settings import resolve_epochs
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.weights import apply_class_weight
 from skqlora.training.callbacks import FitTasks
@@ -30,163 +33,184 @@ from skqlora.training.early_stopping import EarlyStopping, hold_out
 
 if TYPE_CHECKING:  # torch and transformers load at first use
     from skqlora.training.distributed import Ranks
-    from skqlora.training.setup import Finetuning
+    from skqlora.training.setup import TrainingRun
+
+
+class DivergenceError(FloatingPointError):
+    """A training whose loss is not finite any more, after epochs in which it was.
+
+    Attributes
+    ----------
+    fitted : Fitted
+        What the fit came to in the last epoch before.
+    """
+
+    def __init__(self, message: str, fitted: Fitted):
+        super().__init__(message)
+        self.fitted = fitted
 
 
 def fit_epochs(
-    estimator: Any,
+    estimator: BaseEstimator,
     table: LabelledTexts,
     held_out: LabelledTexts | None,
-    *,
-    goes_on: bool,
-    keep: Callable[[dict[str, Any]], None],
-) -> None:
+    start: Fitted | None,
+) -> Fitted:
     """Train for the estimator's number of epochs, or until a score or a callback says stop.
 
     Parameters
     ----------
     estimator : QLoRAClassifier
+        Its parameters were validated. It is only read.
     table : LabelledTexts
     held_out : LabelledTexts or None
-        What early stopping scores. None holds a part of `table` out, if it is to stop early.
-    goes_on : bool
-        Start from the estimator's fitted adapter.
-    keep : callable
-        Given what makes the estimator a fitted one, once and all at the end.
+        What early stopping scores. If it is None, early stopping holds out a part of `table`.
+    start : Fitted or None
+        An earlier fit that this one continues.
+
+    Returns
+    -------
+    fitted : Fitted
 
     Raises
     ------
+    DivergenceError
+        If the loss stops being finite after the first epoch.
     FloatingPointError
-        If the training diverges; what it was after the last epoch before that is kept.
+        If it does so before.
     """
     import_libraries()
     from skqlora.training.distributed import Ranks
-    from skqlora.training.setup import finetuning
+    from skqlora.training.setup import prepared_training
 
-    check_checkpoint_parameters(estimator)
+    params = estimator.get_params(deep=False)
+    parameters = Parameters.of(params)
+    check_checkpoint_parameters(params)
     with Ranks.current().one_fit_at_a_time() as ranks:
-        seed = ranks.from_first(_choose_seed(estimator, goes_on))
-        if estimator.early_stopping and held_out is None:
-            table, held_out = hold_out(table, estimator.validation_fraction, seed)
-        losses = list(estimator.loss_curve_) if goes_on else []
-        stopping = None
-        if held_out is not None:
-            earlier = estimator.validation_scores_ if goes_on else None
-            stopping = EarlyStopping(estimator, held_out, earlier or [math.nan] * len(losses))
+        seed = ranks.from_first(_choose_seed(estimator, start))
+        table, stopping = _early_stopping(estimator, table, held_out, start, seed)
         table, weights = apply_class_weight(table, estimator.class_weight)
         weights = weights / weights.mean()  # only their ratios matter
-        n_epochs = _choose_n_epochs(estimator, len(table))
+        n_epochs = resolve_epochs(parameters, len(table))
         tasks = FitTasks(estimator, n_epochs, table)
-        start = estimator.adapter_ if goes_on else None
-        data = table, held_out, weights, start
+        losses = [] if start is None else start.loss_curve
+        adapter = None if start is None else start.adapter
+        held_out = None if stopping is None else stopping.held_out
+        data = table, held_out, weights, adapter, losses
         with (
-            finetuning(estimator, table, weights, seed + len(losses), n_epochs, start=start) as run,
-            _Saving(estimator, data, run, losses, stopping, ranks) as saving,
+            prepared_training(
+                parameters, table, weights, seed + len(losses), n_epochs, start=adapter
+            ) as run,
+            _Saving(params, data, run, stopping, ranks) as saving,
         ):
-            fitted = partial(_attributes, table, run, losses, seed)
+            now = partial(_fitted_now, table, run, seed)
             if stopping is not None:
                 # What is wrong with a scorer shows before the training.
-                score = ranks.from_first(stopping.score(as_fitted(estimator, fitted())))
-                if start is not None:
-                    stopping.start_from(score, start)
-            attributes = saving.resume(fitted)  # of the last epoch
-            for _ in range(run.trainer.n_epochs, n_epochs):
+                score = ranks.from_first(stopping.score(as_fitted(estimator, now(losses))))
+                if adapter is not None:
+                    stopping.set_baseline(score, adapter)
+            fitted = saving.resume(now)  # of the last epoch
+            stop = False
+            while run.trainer.n_epochs < n_epochs and not stop:
                 tasks.begin_epoch()
+                losses = losses if fitted is None else fitted.loss_curve
                 try:
-                    losses.append(run.trainer.train_epoch(saving))
-                    current = fitted()
-                except FloatingPointError:
-                    keep(attributes)
-                    raise
-                stop = False
+                    loss = run.trainer.train_epoch(partial(saving.write_if_due, fitted, losses))
+                    current = now([*losses, loss])
+                except FloatingPointError as error:
+                    if fitted is None:
+                        raise
+                    raise DivergenceError(str(error), fitted) from error
                 if stopping is not None:
                     score = ranks.from_first(stopping.score(as_fitted(estimator, current)))
                     run.trainer.show(score=f"{score:.3f}")
-                    stop = stopping.update(score, current["adapter_"])
-                    current |= stopping.attributes()
-                attributes = current
-                saving.kept = attributes["adapter_"]
-                stop |= tasks.end_epoch(attributes)
-                if ranks.from_first(stop):
-                    break
-            tasks.end(attributes)
-            keep(attributes)
+                    stop = stopping.update(score, current.adapter)
+                    current = stopping.apply_to(current)
+                fitted = current
+                stop |= tasks.end_epoch(as_fitted(estimator, fitted))
+                stop = ranks.from_first(stop)
+            assert fitted is not None  # there was an epoch
+            tasks.end(as_fitted(estimator, fitted))
             saving.remove()
+            return fitted
 
 
-def fit_piece(estimator: Any, table: LabelledTexts, *, goes_on: bool) -> dict[str, Any]:
+def fit_piece(estimator: BaseEstimator, table: LabelledTexts, start: Fitted | None) -> Fitted:
     """Train one epoch on one piece of the data, as `fit_epochs` does, and keep the optimizer.
-
-    It goes on from where an earlier piece left it, as the adapter does.
-    """
-    import_libraries()
-    from skqlora.training.distributed import Ranks
-    from skqlora.training.setup import finetuning
-
-    with Ranks.current().one_fit_at_a_time() as ranks:
-        seed = ranks.from_first(_choose_seed(estimator, goes_on))
-        table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
-        losses = list(estimator.loss_curve_) if goes_on else []
-        with finetuning(
-            estimator,
-            table,
-            weights,
-            seed + len(losses),
-            n_epochs=1,
-            start=estimator.adapter_ if goes_on else None,
-            resumed=estimator.optimizer_state_ if goes_on else None,
-            incremental=True,
-        ) as run:
-            losses.append(run.trainer.train_epoch())
-            attributes = _attributes(table, run, losses, seed)
-            n_before = estimator.n_samples_seen_ if goes_on else 0
-            return attributes | {
-                "n_samples_seen_": n_before + len(table),
-                "optimizer_state_": run.trainer.state(),
-            }
-
-
-class _Saving:
-    """Writes a checkpoint every so many updates, and goes to the last one; if that is asked for.
-
-    A context manager: within it no other fit writes there.
 
     Parameters
     ----------
     estimator : QLoRAClassifier
+    table : LabelledTexts
+    start : Fitted or None
+        What an earlier piece left: its adapter and its optimizer.
+
+    Returns
+    -------
+    fitted : Fitted
+    """
+    import_libraries()
+    from skqlora.training.distributed import Ranks
+    from skqlora.training.setup import prepared_training
+
+    parameters = Parameters.of(estimator.get_params(deep=False))
+    with Ranks.current().one_fit_at_a_time() as ranks:
+        seed = ranks.from_first(_choose_seed(estimator, start))
+        table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
+        losses = [] if start is None else start.loss_curve
+        with prepared_training(
+            parameters,
+            table,
+            weights,
+            seed + len(losses),
+            n_epochs=1,
+            start=None if start is None else start.adapter,
+            resumed=None if start is None else start.optimizer_state,
+            incremental=True,
+        ) as run:
+            loss = run.trainer.train_epoch()
+            fitted = _fitted_now(table, run, seed, [*losses, loss])
+            n_before = 0 if start is None else start.n_samples_seen
+            return replace(
+                fitted,
+                n_samples_seen=n_before + len(table),
+                optimizer_state=run.trainer.optimizer_state(),
+            )
+
+
+class _Saving:
+    """Writes a checkpoint every so many updates, and goes to the last one, if that is asked for.
+
+    It is a context manager: within it no other fit writes to the same place.
+
+    Parameters
+    ----------
+    params : mapping of str to object
+        The estimator's parameters.
     data : tuple
-        What is trained on, scored and gone on from.
-    run : Finetuning
-    losses : list of float
-        Of the epochs that are over; of an earlier fit too.
+        What is trained on, scored and continued from.
+    run : TrainingRun
     stopping : EarlyStopping or None
     ranks : Ranks
-
-    Attributes
-    ----------
-    kept : AdapterState or None
-        What the fit would keep if it ended now; None before the first epoch is over.
     """
 
     def __init__(
         self,
-        estimator: Any,
+        params: Mapping[str, Any],
         data: tuple[Any, ...],
-        run: "Finetuning",
-        losses: list[float],
+        run: "TrainingRun",
         stopping: EarlyStopping | None,
         ranks: "Ranks",
     ):
         import torch
 
-        self._every, self._run, self._ranks = estimator.checkpoint_every, run, ranks
-        self.kept: AdapterState | None = None
-        self._losses, self._stopping = losses, stopping
+        self._every, self._run, self._ranks = params["checkpoint_every"], run, ranks
+        self._stopping = stopping
         self._checkpoints = None
-        if estimator.checkpoint_dir is not None:
+        if params["checkpoint_dir"] is not None:
             bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
-            identity = data, list(losses), bases, run.text, ranks.size
-            self._checkpoints = Checkpoints(estimator, identity, torch.get_num_threads())
+            identity = data, bases, run.settings.text, ranks.size
+            self._checkpoints = Checkpoints(params, identity, torch.get_num_threads())
 
     def __enter__(self) -> "_Saving":
         if self._checkpoints is not None and not self._ranks.call_on_first(self._checkpoints.lock):
@@ -197,47 +221,56 @@ class _Saving:
         if self._checkpoints is not None:
             self._checkpoints.unlock()
 
-    def __call__(self) -> None:
-        trainer, checkpoints = self._run.trainer, self._checkpoints
-        if checkpoints is None or trainer.n_updates % self._every:
-            return
-        checkpoint = Checkpoint(
-            trainer=trainer.snapshot(),
-            losses=list(self._losses),
-            kept=None if self.kept is None else adapter_tensors(self.kept),
-            stopping=None if self._stopping is None else self._stopping.snapshot(),
-        )
-        self._ranks.call_on_first(lambda: checkpoints.write(checkpoint))
-
-    def resume(self, fitted: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """Go to where an earlier call of this fit was when it wrote the last one, if it did.
+    def write_if_due(self, fitted: Fitted | None, losses: list[float]) -> None:
+        """Write a checkpoint, between two updates.
 
         Parameters
         ----------
-        fitted : callable
-            Returns what makes an adapter a fitted estimator.
+        fitted : Fitted or None
+            What the fit would come to if it ended now; None before the first epoch is over.
+        losses : list of float
+            Of the epochs that are over, an earlier fit's included.
+        """
+        trainer, checkpoints, stopping = self._run.trainer, self._checkpoints, self._stopping
+        if checkpoints is None or trainer.n_updates % self._every:
+            return
+        checkpoint = Checkpoint(
+            trainer=trainer.state_dict(),
+            losses=losses,
+            kept=None if fitted is None else adapter_tensors(fitted.adapter),
+            stopping=None if stopping is None else stopping.state_dict(),
+        )
+        self._ranks.call_on_first(lambda: checkpoints.write(checkpoint))
+
+    def resume(self, fitted_with: "partial[Fitted]") -> Fitted | None:
+        """Go to where an earlier call of this fit was when it wrote the last checkpoint, if it did.
+
+        Parameters
+        ----------
+        fitted_with : callable
+            Makes a `Fitted` of losses and an adapter.
 
         Returns
         -------
-        attributes : dict
-            What makes the estimator a fitted one after the last epoch; empty before the first.
+        fitted : Fitted or None
+            What the fit came to in the last epoch that was over; None before the first.
         """
         if self._checkpoints is None:
-            return {}
+            return None
         checkpoint = self._ranks.call_on_first(self._checkpoints.read)
         if checkpoint is None:
-            return {}
-        self._run.trainer.restore(checkpoint.trainer)
-        self._losses[:] = checkpoint.losses
+            return None
+        self._run.trainer.load_state_dict(checkpoint.trainer)
+        kept = None
         if checkpoint.kept is not None:
-            self.kept = with_tensors(self._run.template(), checkpoint.kept)
+            kept = with_tensors(self._run.adapter_state(), checkpoint.kept)
         if self._stopping is not None:
-            # Before the first epoch the best is what the fit went on from.
-            self._stopping.restore(checkpoint.stopping, self.kept or self._stopping.best)
-        if self.kept is None:
-            return {}
-        attributes = fitted(adapter=self.kept)
-        return attributes if self._stopping is None else attributes | self._stopping.attributes()
+            # Before the first epoch the best adapter is the one that the fit started from.
+            self._stopping.load_state_dict(checkpoint.stopping, kept or self._stopping.best)
+        if kept is None:
+            return None
+        fitted = fitted_with(checkpoint.losses, adapter=kept)
+        return fitted if self._stopping is None else self._stopping.apply_to(fitted)
 
     def remove(self) -> None:
         """Take the checkpoint away: the fit is over."""
@@ -245,49 +278,64 @@ class _Saving:
             self._checkpoints.remove()
 
 
-def as_fitted(estimator: Any, attributes: dict[str, Any]) -> Any:
-    """Return a copy of the estimator, fitted; what is fitted of the estimator stays as it is."""
-    fitted = copy.copy(estimator)
-    vars(fitted).update(attributes)
-    return fitted
-
-
-def _attributes(
+def _early_stopping(
+    estimator: BaseEstimator,
     table: LabelledTexts,
-    run: "Finetuning",
-    losses: list[float],
+    held_out: LabelledTexts | None,
+    start: Fitted | None,
     seed: int,
+) -> tuple[LabelledTexts, EarlyStopping | None]:
+    """Return what is trained on, and what stops the fit early if that is asked for."""
+    if not estimator.early_stopping:
+        return table, None
+    if held_out is None:
+        table, held_out = hold_out(table, estimator.validation_fraction, seed)
+    scores: list[float] = []
+    if start is not None:
+        scores = start.validation_scores or [math.nan] * len(start.loss_curve)
+    return table, EarlyStopping(estimator, held_out, scores)
+
+
+def as_fitted(estimator: BaseEstimator, fitted: Fitted) -> BaseEstimator:
+    """Return a copy of the estimator that is fitted; the estimator itself stays as it is."""
+    copied = copy.copy(estimator)
+    copied._set_fitted(fitted)
+    return copied
+
+
+def _fitted_now(
+    table: LabelledTexts,
+    run: "TrainingRun",
+    seed: int,
+    losses: list[float],
     adapter: AdapterState | None = None,
-) -> dict[str, Any]:
-    """Collect what makes the estimator a fitted one, if its fit ended now or with an adapter."""
+) -> Fitted:
+    """Say what the fit would come to if it ended now, with its current adapter or with another."""
     if adapter is None:
-        adapter = run.capture()
-    return {
-        "classes_": table.classes,
-        "multilabel_": table.multilabel,
-        "adapter_": adapter,
-        "n_iter_": len(losses),
-        "n_samples_seen_": len(table),
-        "loss_curve_": list(losses),
-        "validation_scores_": None,
-        "best_validation_score_": None,
-        "optimizer_state_": None,
-        "footprint_": run.footprint,
-        "_random_seed": seed,
-    }
+        run.trainer.check_finite()
+        adapter = run.adapter_state()
+    return Fitted(
+        classes=table.classes,
+        multilabel=table.multilabel,
+        adapter=adapter,
+        n_iter=len(losses),
+        n_samples_seen=len(table),
+        loss_curve=losses,
+        validation_scores=None,
+        best_validation_score=None,
+        optimizer_state=None,
+        footprint=run.footprint,
+        settings=run.settings,
+        random_seed=seed,
+    )
 
 
-def _choose_n_epochs(estimator: Any, n_texts: int) -> int:
-    if estimator.num_train_epochs == "auto":
-        return auto_epochs(n_texts, estimator.batch_size * estimator.gradient_accumulation_steps)
-    return estimator.num_train_epochs
+def _choose_seed(estimator: BaseEstimator, start: Fitted | None) -> int:
+    """Draw a seed. A fit that continues another one keeps its seed: the same texts stay held out.
 
-
-def _choose_seed(estimator: Any, goes_on: bool) -> int:
-    """Draw a seed; a fit that goes on keeps the first one's, so that the same texts stay held out.
-
-    What it trains with is that plus the epochs before: each has another order and dropout.
+    What such a fit trains with is the seed plus the epochs before, so that each has another order
+    and another dropout.
     """
-    if goes_on:
-        return estimator._random_seed
+    if start is not None:
+        return start.random_seed
     return check_random_state(estimator.random_state).randint(np.iinfo(np.int32).max)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from skqlora.model.prediction import compute_features
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.inputs import LabelledTexts
@@ -9,10 +10,9 @@ from skqlora.text.tokenization import CachingTokenizer
 from skqlora.training.class_names import head_of_class_names
 from skqlora.training.distributed import Ranks
 from skqlora.training.probe import choose_probe_rows, fit_probe
-from skqlora.training.trainer import compute_features
 
 
-def refuse_unnamed_classes(how: str, table: LabelledTexts, pooling: str) -> None:
+def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
     """Refuse to start from names where labels are none, or the pooled token is not the last.
 
     Parameters
@@ -93,6 +93,6 @@ def start_head(
                 f"Got init_head_weights='class_names' with model={model.backbone.spec.model!r}, "
                 "which is no decoder. Wanted: a decoder, or another start of the head."
             )
-        model.start_head(head_of_class_names(model.backbone, tokenizer, classes.tolist()))
+        model.load_head(head_of_class_names(model.backbone, tokenizer, classes.tolist()))
     elif how == "probe":
-        model.start_head(Ranks.current().call_on_first(probe))
+        model.load_head(Ranks.current().call_on_first(probe))

@@ -12,8 +12,9 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 
+from skqlora.model.flat import PAGED_MIN_ELEMENTS
+
 PAGED_STATES = ("state1", "state2")  # bitsandbytes' names of the first and second moments
-PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes' own threshold: less is not worth paging
 
 
 class PagedPool:
@@ -109,7 +110,7 @@ def release(optimizer: torch.optim.Optimizer) -> None:
         optimizer.release()
 
 
-def read_state(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray | float]]:
+def numpy_state_dict(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray | float]]:
     """Copy the moments out of an optimizer, to NumPy: a dict for each tensor that it updates.
 
     Returns
@@ -126,7 +127,7 @@ def read_state(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray | 
     ]
 
 
-def write_state(
+def load_numpy_state_dict(
     optimizer: torch.optim.Optimizer, states: list[dict[str, np.ndarray | float]]
 ) -> None:
     """Give a new optimizer the moments of an earlier one of its kind, in memory of its own."""

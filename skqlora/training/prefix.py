@@ -122,7 +122,7 @@ def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | 
     texts = {(row,): tokens.sequences[row] for row in rows}
     expected = _logits(run.model, tokens, rows)
     try:
-        width, kept_dtype = run.probe(tokens.sequences[0])
+        width, kept_dtype = run.inspect(tokens.sequences[0])
         states = run.compute(texts, state_store.in_memory(width, dtype or kept_dtype))
         prefix = CachedPrefix([states[key] for key in texts])
         with run.skipped(prefix):
@@ -214,7 +214,7 @@ class _PrefixRun:
                 handle.remove()
         return reached[0]
 
-    def probe(self, sequence: np.ndarray) -> tuple[int, torch.dtype]:
+    def inspect(self, sequence: np.ndarray) -> tuple[int, torch.dtype]:
         """Tell the width and the dtype of what enters the first adapted layer."""
         hidden = self([sequence], 1, len(sequence))
         return hidden.shape[-1], hidden.dtype
@@ -287,7 +287,7 @@ def _fetch(
     there = state_store.find(backbone, keys)
     missing = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in there}
     if missing:
-        width, dtype = run.probe(sequences[0])
+        width, dtype = run.inspect(sequences[0])
         dtype = kind[1] or dtype
         n_tokens = sum(len(ids) for ids in missing.values())
         n_bytes = n_tokens * width * dtype.itemsize

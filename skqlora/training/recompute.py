@@ -19,7 +19,7 @@ def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
     Parameters
     ----------
     encoder : torch.nn.Module
-        A clone of a base: its blocks are changed, and on leaving changed back.
+        A replica of a base: its blocks are changed, and on leaving changed back.
 
     Raises
     ------

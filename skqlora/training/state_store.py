@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from skqlora.memory.estimate import free_memory
+from skqlora._utils.caches import register_cache
+from skqlora.memory.free import free_memory
 from skqlora.model.backbone import Backbone
 from skqlora.training.distributed import Ranks
 
@@ -45,6 +46,9 @@ def forget() -> None:
     """Drop all that is kept; trainings that use it hold it until they end."""
     with _lock:
         _stores.clear()
+
+
+register_cache(forget)
 
 
 @contextmanager

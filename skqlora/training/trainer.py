@@ -1,6 +1,6 @@
 """The training loop: batches, schedule, accumulation, clipping.
 
-Knows nothing of texts' or labels' meaning: rows of token ids and numbers come in, the model is
+Knows nothing of what texts and labels mean: rows of token ids and numbers come in, and the model is
 changed in place.
 """
 
@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,59 +19,21 @@ from transformers import get_scheduler
 from skqlora.adapter import OptimizerState, TrainerState
 from skqlora.model.device import is_out_of_memory
 from skqlora.model.flat import FlatParameters
+from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.model.text_classifier import TextClassifierModel
-from skqlora.text.batches import TokenizedTexts, cut_by_tokens, prediction_batches, training_batches
+from skqlora.settings.settings import Settings
+from skqlora.text.batches import TokenizedTexts, cut_by_tokens, largest_pass, training_batches
 from skqlora.training.distributed import Ranks
-from skqlora.training.optimizer import make_optimizer, read_state, release, write_state
+from skqlora.training.optimizer import (
+    load_numpy_state_dict,
+    make_optimizer,
+    numpy_state_dict,
+    release,
+)
 from skqlora.training.prefix import CachedPrefix
 from skqlora.training.recompute import checkpointed_blocks
 
 CHECK_EVERY = 50  # updates, for losses that are not finite
-CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores
-PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The recipe, in the names of the estimator's parameters.
-
-    `warmup_steps` is a number of updates, or below 1 a share of them; rates are already numbers.
-    `incremental` says that more epochs will follow: there is no share of an unknown number.
-    """
-
-    num_train_epochs: int
-    batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    learning_rate: float
-    head_learning_rate: float
-    weight_decay: float
-    warmup_steps: float
-    lr_scheduler_type: str
-    max_grad_norm: float | None
-    optim: str
-    incremental: bool = False
-
-
-def largest_pass(batch_size: int, longest: int, device: torch.device) -> int:
-    """Tell how many texts of the greatest length share a forward pass of a training.
-
-    Parameters
-    ----------
-    batch_size : int
-        The most that may.
-    longest : int
-        Tokens of each.
-    device : torch.device
-
-    Returns
-    -------
-    n_texts : int
-        On a CPU fewer than may, where they are long: that is faster.
-    """
-    if device.type == "cpu":
-        return min(batch_size, max(1, CPU_TRAINING_TOKENS // longest))
-    return batch_size
 
 
 class Trainer:
@@ -82,20 +43,18 @@ class Trainer:
     ----------
     model : TextClassifierModel
     tokens : TokenizedTexts
-        Of n_rows texts.
+        The n_rows texts.
     targets : ndarray of int, of shape (n_rows,) or (n_rows, n_labels)
         Class numbers, or a multilabel indicator.
-    settings : TrainingSettings
+    settings : Settings
     weights : ndarray of the shape of `targets`, optional
-        What each counts in the loss: positive, but that a row may have labels of weight zero.
+        What each target counts in the loss. Each row has a target of positive weight.
     prefix : CachedPrefix, optional
         What the model is to be fed before each pass.
     seed : int, default=0
-        Of the order of the rows.
+        Seed of the order of the rows.
     resumed : OptimizerState, optional
-        Where an earlier training stood.
-    verbose : int, default=0
-        1 shows a progress bar.
+        The optimizer of an earlier training, which this one continues.
     """
 
     def __init__(
@@ -103,29 +62,29 @@ class Trainer:
         model: TextClassifierModel,
         tokens: TokenizedTexts,
         targets: np.ndarray,
-        settings: TrainingSettings,
+        settings: Settings,
         *,
         weights: np.ndarray | None = None,
         prefix: CachedPrefix | None = None,
         seed: int = 0,
         resumed: OptimizerState | None = None,
-        verbose: int = 0,
     ):
-        self.model, self.settings, self.verbose = model, settings, verbose
+        self.model, self.settings = model, settings
         self.tokens, self.targets, self.prefix = tokens, targets, prefix
         self.weights = np.ones(targets.shape) if weights is None else weights
         self.device = model.backbone.spec.device
         self.ranks = Ranks.current()
         self.rng = np.random.RandomState(seed)
-        self.batch_rows = settings.batch_size * settings.gradient_accumulation_steps
-        # Of a forward pass, padded: what `batch_size` of the longest texts are. More short ones
-        # share a pass, which costs no more memory.
+        self.batch_rows = settings.batch_rows
+        # The padded size of a forward pass: that of `batch_size` of the longest texts. More short
+        # texts share a pass, which costs no more memory.
         longest = int(tokens.lengths.max())
-        self.micro_tokens = longest * largest_pass(settings.batch_size, longest, self.device)
+        on_cpu = self.device.type == "cpu"
+        self.micro_tokens = longest * largest_pass(settings.batch_size, longest, on_cpu=on_cpu)
         n_steps = settings.num_train_epochs * math.ceil(len(tokens) / self.batch_rows)
         head = FlatParameters(dict(model.head.named_parameters()))
-        self.segments = [*model.clone.segments, head]
-        rates = [settings.learning_rate] * len(model.clone.segments)
+        self.segments = [*model.replica.segments, head]
+        rates = [settings.learning_rate] * len(model.replica.segments)
         rates.append(settings.head_learning_rate)
         groups = [
             {"params": [segment.leaf], "lr": rate, "weight_decay": settings.weight_decay}
@@ -138,21 +97,20 @@ class Trainer:
             num_warmup_steps=_count_warmup_steps(settings, n_steps),
             num_training_steps=n_steps,
         )
-        half = model.backbone.spec.compute_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self.scaler.scale(self._zero())  # sets up its state, on a rank without rows too
+        self.scaler = _make_scaler(self.device, model.backbone.spec.compute_dtype)
         self.n_epochs = self.n_updates = 0
         self.losses: list[torch.Tensor] = []  # of the updates of this epoch
         self.order: dict[str, Any] = {}  # the state of `rng` when it began
         self._resumed = resumed
         self._shown: dict[str, object] = {}
         self._last_rows = np.arange(1)
+        self._places = np.arange(0)  # in the update, of the rows of the current pass
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
             stack.callback(release, self.optimizer)
             if self._resumed is not None:
-                self._resume(self._resumed)
+                self._load_optimizer_state(self._resumed)
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed_blocks(self.model.encoder))
             for segment in self.segments:
@@ -163,7 +121,7 @@ class Trainer:
                     total=len(self.tokens) * self.settings.num_train_epochs,
                     desc="fit",
                     unit=" texts",
-                    disable=not self.verbose or self.ranks.rank > 0,
+                    disable=not self.settings.verbose or self.ranks.rank > 0,
                 )
             )
             self._stack = stack.pop_all()
@@ -178,7 +136,7 @@ class Trainer:
         Parameters
         ----------
         after_update : callable, optional
-            Called between two updates, when `snapshot` may be.
+            Called between two updates, where `state_dict` may be called.
 
         Returns
         -------
@@ -203,11 +161,11 @@ class Trainer:
             losses.append(self.step(rows))
             self.bar.update(len(rows))
             if len(losses) % CHECK_EVERY == 0:
-                self._refuse_divergence(losses[-CHECK_EVERY:], self.n_epochs + 1)
+                self._check_finite(losses[-CHECK_EVERY:], self.n_epochs + 1)
             if after_update is not None:
                 after_update()
         unchecked = losses[len(losses) // CHECK_EVERY * CHECK_EVERY :]
-        self._refuse_divergence(unchecked, self.n_epochs + 1)
+        self._check_finite(unchecked, self.n_epochs + 1)
         self.model.eval()
         self.n_epochs += 1
         self._last_rows = rows[:1]  # weights that are no numbers spoil every row
@@ -218,7 +176,7 @@ class Trainer:
         self.show(epoch=self.n_epochs, loss=f"{loss:.3f}")
         return loss
 
-    def snapshot(self) -> TrainerState:
+    def state_dict(self) -> TrainerState:
         """Copy where the training stands, between two updates.
 
         Raises
@@ -226,12 +184,12 @@ class Trainer:
         FloatingPointError
             If the loss of an update was not finite.
         """
-        self._refuse_divergence(self.losses, self.n_epochs + 1)
+        self._check_finite(self.losses, self.n_epochs + 1)
         losses = torch.stack(self.losses)
         self.ranks.sum_up(losses)
         return TrainerState(
             values=[s.leaf.detach().cpu().numpy().copy() for s in self.segments],
-            optimizer=self.state(),
+            optimizer=self.optimizer_state(),
             n_epochs=self.n_epochs,
             micro_tokens=self.micro_tokens,
             epoch_losses=losses.cpu().numpy(),
@@ -240,12 +198,12 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def restore(self, state: TrainerState) -> None:
-        """Go to where a training of the same rows, settings and seed stood."""
-        self.model.clone.deactivate()
+    def load_state_dict(self, state: TrainerState) -> None:
+        """Continue where a training of the same rows, settings and seed stood."""
+        self.model.replica.mark_changed()
         for segment, values in zip(self.segments, state.values, strict=True):
             segment.leaf.copy_(torch.from_numpy(values))
-        self._resume(state.optimizer)
+        self._load_optimizer_state(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
         self.n_epochs, self.order = state.n_epochs, state.order
         self.micro_tokens = state.micro_tokens
@@ -262,7 +220,7 @@ class Trainer:
         self.bar.set_postfix(self._shown)
 
     @torch.no_grad()
-    def refuse_divergence(self) -> None:
+    def check_finite(self) -> None:
         """Look at the loss of a row with the weights as they are now.
 
         Raises
@@ -270,7 +228,7 @@ class Trainer:
         FloatingPointError
             If it is not finite: the last update went astray.
         """
-        self._refuse_divergence([self._loss(self._last_rows)], self.n_epochs)
+        self._check_finite([self._loss(self._last_rows)], self.n_epochs)
 
     def step(self, rows: np.ndarray) -> torch.Tensor:
         """Update the weights once from an effective batch, of which each rank takes its share.
@@ -285,39 +243,39 @@ class Trainer:
             try:
                 loss = self._accumulate(rows)
             except RuntimeError as error:
-                part = self.model.clock.rows
-                if not is_out_of_memory(error) or len(part) < 2:
+                if not is_out_of_memory(error) or len(self._places) < 2:
                     raise
             if loss is None:  # outside of the handler, whose traceback holds the activations
-                self._halve_micro_batches(len(part), int(self.tokens.lengths[rows[part[0]]]))
+                longest = int(self.tokens.lengths[rows[self._places[0]]])
+                self._halve_micro_batches(len(self._places), longest)
         self._apply()
         self.n_updates += 1
         return loss
 
     def _accumulate(self, rows: np.ndarray) -> torch.Tensor:
         """Compute the gradient of an effective batch from nothing; return the summed loss."""
-        self.model.clone.deactivate()
+        self.model.replica.mark_changed()
         for segment in self.segments:
             segment.gradient.zero_()
-        loss = self._zero()
-        clock = self.model.clock
-        clock.step, clock.batch_rows = self.n_updates, len(rows)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
         # A mean over all micro-batches, so that the cut into them changes nothing. Not over the
         # weights: their sum would let a rare class count only as much as one batch does.
         n_losses = self.targets[rows].size
         share = self.ranks.share(len(rows))
         for part_of_share in self._parts(rows[share]):
-            clock.rows = share[part_of_share]
-            part = self._loss(rows[clock.rows])
-            self.scaler.scale(part / n_losses).backward()
-            loss += part.detach()
+            self._places = share[part_of_share]
+            places = torch.from_numpy(self._places).to(self.device)
+            part = RowsOfUpdate(self.n_updates, len(rows), places)
+            loss_of_part = self._loss(rows[self._places], part)
+            self.scaler.scale(loss_of_part / n_losses).backward()
+            loss += loss_of_part.detach()
         return loss
 
     def _parts(self, rows: np.ndarray) -> Iterator[slice]:
         return cut_by_tokens(self.tokens.lengths[rows], self.micro_tokens)
 
     def _halve_micro_batches(self, n_rows: int, n_tokens: int) -> None:
-        """Go on with passes of half as many rows: the update is the same."""
+        """Continue with passes of half as many rows: the update is the same."""
         half = (n_rows + 1) // 2
         self.micro_tokens = half * n_tokens
         if self.device.type != "cpu":
@@ -335,7 +293,7 @@ class Trainer:
             stacklevel=2,
         )
 
-    def _refuse_divergence(self, losses: list[torch.Tensor], epoch: int) -> None:
+    def _check_finite(self, losses: list[torch.Tensor], epoch: int) -> None:
         """Look whether the losses of the last updates are finite: one wait for the device."""
         if not losses:
             return
@@ -345,28 +303,28 @@ class Trainer:
         if not all(finite):
             update = self.n_updates - len(finite) + finite.index(False) + 1
             raise FloatingPointError(
-                f"The training loss became infinite or no number in update {update} (epoch "
+                f"The training loss became infinite or NaN in update {update} (epoch "
                 f"{epoch}). Wanted: a finite number. Lower learning_rate or "
                 "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. What "
                 "the classifier keeps is that of the last epoch before, if there is one."
             )
 
-    def state(self) -> OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """Copy where the optimizer stands."""
         return OptimizerState(
             optim=self.settings.optim,
             n_updates=self.n_updates,
             schedule_step=self.scheduler.last_epoch,
-            states=read_state(self.optimizer),
+            states=numpy_state_dict(self.optimizer),
         )
 
-    def _resume(self, resumed: OptimizerState) -> None:
+    def _load_optimizer_state(self, resumed: OptimizerState) -> None:
         if resumed.optim != self.settings.optim:
             raise ValueError(
-                f"Got optim={self.settings.optim!r} but the training to go on from had "
+                f"Got optim={self.settings.optim!r} but the training to continue from had "
                 f"{resumed.optim!r}. Set it back, or fit anew."
             )
-        write_state(self.optimizer, resumed.states)
+        load_numpy_state_dict(self.optimizer, resumed.states)
         self.n_updates, self.scheduler.last_epoch = resumed.n_updates, resumed.schedule_step
         for group, base, factor in zip(
             self.optimizer.param_groups,
@@ -376,18 +334,15 @@ class Trainer:
         ):
             group["lr"] = base * factor(resumed.schedule_step)
 
-    def _zero(self) -> torch.Tensor:
-        return torch.zeros((), dtype=torch.float32, device=self.device)
-
-    def _loss(self, rows: np.ndarray) -> torch.Tensor:
+    def _loss(self, rows: np.ndarray, part: RowsOfUpdate | None = None) -> torch.Tensor:
         """Sum the weighted losses of a micro-batch."""
         input_ids, mask = (x.to(self.device) for x in self.tokens.batch(rows))
         if self.prefix is not None:
             self.prefix.feed(rows)
-        logits = self.model(input_ids, mask)
         targets = torch.as_tensor(self.targets[rows], device=self.device)
         weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)
-        return (weights * cross_entropies(logits, targets)).sum()
+        losses = self.model.compute_losses(input_ids, mask, targets, part)
+        return (weights * losses).sum()
 
     def _apply(self) -> None:
         for segment in self.segments:
@@ -403,75 +358,18 @@ class Trainer:
             self.scheduler.step()
 
 
-def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute the cross-entropy of each target, in nats.
+def _make_scaler(device: torch.device, compute_dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Make what scales a float16 loss, so that small gradients do not become zero.
 
-    Parameters
-    ----------
-    logits : torch.Tensor of shape (n_rows, n_classes)
-    targets : torch.Tensor of int, of shape (n_rows,) or (n_rows, n_classes)
-        Class numbers: a softmax over the classes. Or a multilabel indicator: a sigmoid for each.
-
-    Returns
-    -------
-    losses : torch.Tensor of the shape of `targets`
+    torch's scaler sets up its scale at the first loss that it is given, and cannot do without it
+    from then on. A rank that has no row of the first batch has no loss, so it is given a zero here.
     """
-    if targets.ndim == 1:
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
-    return nn.functional.binary_cross_entropy_with_logits(
-        logits, targets.to(logits.dtype), reduction="none"
-    )
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
+    scaler.scale(torch.zeros((), dtype=torch.float32, device=device))
+    return scaler
 
 
-def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
-    """Compute the logits of each row, in the order of the rows.
-
-    Parameters
-    ----------
-    model : TextClassifierModel
-    tokens : TokenizedTexts
-        Of n_rows texts.
-
-    Returns
-    -------
-    logits : ndarray of shape (n_rows, n_classes), float64
-    """
-    logits = np.empty((len(tokens), model.head.out_features))
-    return _compute(model, model, tokens, logits)
-
-
-def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
-    """Compute what the head would be given for each row, in the order of the rows.
-
-    Parameters
-    ----------
-    model : TextClassifierModel
-    tokens : TokenizedTexts
-        Of n_rows texts.
-
-    Returns
-    -------
-    features : ndarray of shape (n_rows, hidden_size), float32
-    """
-    features = np.empty((len(tokens), model.head.in_features), dtype=np.float32)
-    return _compute(model.embed, model, tokens, features)
-
-
-@torch.no_grad()
-def _compute(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    model: TextClassifierModel,
-    tokens: TokenizedTexts,
-    values: np.ndarray,
-) -> np.ndarray:
-    device = model.backbone.spec.device
-    for rows in prediction_batches(tokens.lengths, PREDICTION_TOKENS):
-        input_ids, mask = tokens.batch(rows)
-        values[rows] = function(input_ids.to(device), mask.to(device)).cpu().numpy()
-    return values
-
-
-def _count_warmup_steps(settings: TrainingSettings, n_steps: int) -> int:
+def _count_warmup_steps(settings: Settings, n_steps: int) -> int:
     """Resolve a share. The first update of a warm-up has rate 0, so one of several must be left."""
     if settings.incremental:
         return int(settings.warmup_steps)

@@ -23,11 +23,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from skqlora.adapter import TextSettings
+from skqlora.model.lora import peft_config
 from skqlora.model.lora_layer import FusedLinear4bit
-from skqlora.model.replicas import peft_config
-from skqlora.model.text_classifier import RowClock, RowDropout, pool
-from skqlora.training.trainer import predict_logits
+from skqlora.model.prediction import predict_logits
+from skqlora.model.row_dropout import RowDropout, RowsOfUpdate
+from skqlora.model.text_classifier import pool
+from skqlora.settings.adapter_settings import TextSettings
 
 
 def test_pooling_ignores_padding():
@@ -41,8 +42,9 @@ def test_pooling_ignores_padding():
 
 
 def drop(x, first_row, n_rows, *, row_axis=0, step=3, seed=0, layer=0, p=0.5):
-    clock = RowClock(step, 8, np.arange(first_row, first_row + n_rows))
-    return RowDropout(p, seed, layer, row_axis, clock)(x)
+    dropout = RowDropout(p, seed, layer, row_axis)
+    dropout.part = RowsOfUpdate(step, 8, torch.arange(first_row, first_row + n_rows))
+    return dropout(x)
 
 
 def test_row_dropout_draws_one_mask_a_row_whatever_the_micro_batch():
@@ -90,7 +92,7 @@ def test_row_dropout_follows_seed_step_and_layer(change):
 def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
     x = torch.ones(8, 5, 10_000)
     assert drop(x, 0, 8, p=0.2).mean().item() == pytest.approx(1, abs=0.02)
-    dropout = RowDropout(0.5, 0, 0, 0, RowClock(0, 8, np.arange(8))).eval()
+    dropout = RowDropout(0.5, 0, 0, 0).eval()
     assert dropout(x) is x
 
 
@@ -106,7 +108,7 @@ def test_base_is_never_in_training_mode(backbone, use_dora):
     model = make_model(backbone, lora, 3, "auto", lora_dropout=0.1).train()
     own = {"TextClassifierModel", "RowDropout", "ModuleDict", "FusedLinear4bit"}
     assert {type(m).__name__ for m in model.modules() if m.training} == own
-    assert not any(layer.base_layer.training for layer in model.clone.layers)
+    assert not any(layer.base_layer.training for layer in model.replica.lora_layers)
     assert not any(m.training for m in model.eval().modules())
 
 
@@ -193,7 +195,7 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
     model = make_model(backbone, seed=4)
     for parameter in lora_parameters(model).values():
         parameter.data.normal_(std=0.1)
-    state = model.capture(TextSettings(32))
+    state = model.adapter_state(TextSettings(32))
     expected = predict_logits(model, random_tokens())
     copy = pickle.loads(pickle.dumps(state))
     restored = restore_model(backbone, copy)
@@ -205,6 +207,6 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
 
 
 def test_adapter_of_another_base_is_refused(encoder, tiny_model):
-    state = make_model(make_backbone(encoder)).capture(TextSettings(32))
+    state = make_model(make_backbone(encoder)).adapter_state(TextSettings(32))
     with pytest.raises(ValueError, match="is not the base that was fitted"):
         restore_model(make_backbone(tiny_model("electra")), state)

@@ -1,4 +1,4 @@
-"""Clones of a base: what they share, what they start with, and how they are lent."""
+"""Replicas of a base: what they share, what they start with, and how they are lent."""
 
 import gc
 import weakref
@@ -21,20 +21,21 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from skqlora.adapter import TextSettings
-from skqlora.model import replicas as clones_module
+from skqlora.model import replicas as replicas_module
 from skqlora.model.architecture import check_architecture
 from skqlora.model.flat import FlatParameters
-from skqlora.model.replicas import AdaptedClone, ClonePool, targeted_modules
+from skqlora.model.lora import peft_config, targeted_modules
+from skqlora.model.prediction import predict_logits
+from skqlora.model.replicas import AdaptedReplica, ReplicaPool
 from skqlora.model.text_classifier import TextClassifierModel
-from skqlora.training.trainer import predict_logits
+from skqlora.settings.adapter_settings import TextSettings
 
 
 @pytest.fixture
 def injections():
     """Count PEFT's injections."""
     with patch.object(
-        clones_module, "inject_adapter_in_model", wraps=clones_module.inject_adapter_in_model
+        replicas_module, "inject_adapter_in_model", wraps=replicas_module.inject_adapter_in_model
     ) as spy:
         yield spy
 
@@ -42,48 +43,48 @@ def injections():
 @pytest.fixture
 def pool(backbone):
     """A pool of its own, so that what other tests gave back does not count."""
-    return ClonePool(backbone.module, backbone.nbytes)
+    return ReplicaPool(backbone.module, backbone.nbytes)
 
 
 def lease(pool, lora=LORA, holding=None):
     return pool.lease(lora, keep_pooler=False, holding=holding)
 
 
-def start(clone, lora=LORA, seed=0):
-    clone.start(lora, seed)
-    return torch.cat([s.leaf.detach() for s in clone.segments])
+def start(replica, lora=LORA, seed=0):
+    replica.reset_parameters(lora, seed)
+    return torch.cat([s.leaf.detach() for s in replica.segments])
 
 
-def test_clone_shares_every_tensor_and_leaves_the_base_alone(backbone):
+def test_replica_shares_every_tensor_and_leaves_the_base_alone(backbone):
     before = digest_of_base(backbone.module)
     names = [name for name, _ in backbone.module.named_modules()]
-    clone = AdaptedClone(backbone.module, LORA, keep_pooler=False)
+    replica = AdaptedReplica(backbone.module, LORA, keep_pooler=False)
     shared = {p.data_ptr() for p in backbone.module.parameters()}
-    own = [p for p in clone.module.parameters() if p.data_ptr() not in shared]
+    own = [p for p in replica.module.parameters() if p.data_ptr() not in shared]
     assert all(p.requires_grad for p in own)
-    assert sum(p.numel() for p in own) <= clone.nbytes / 4
+    assert sum(p.numel() for p in own) <= replica.nbytes / 4
     assert [name for name, _ in backbone.module.named_modules()] == names
     assert digest_of_base(backbone.module) == before
 
 
-def test_clone_is_freed_without_the_garbage_collector(backbone):
+def test_replica_is_freed_without_the_garbage_collector(backbone):
     gc.collect()
     gc.disable()
     try:
-        clone = AdaptedClone(backbone.module, LORA, keep_pooler=False)
-        reference = weakref.ref(clone.module)
-        del clone
+        replica = AdaptedReplica(backbone.module, LORA, keep_pooler=False)
+        reference = weakref.ref(replica.module)
+        del replica
         assert reference() is None
     finally:
         gc.enable()
 
 
 def test_first_values_of_an_adapter_follow_the_seed_alone(pool):
-    with lease(pool) as clone:
-        first = start(clone)
-        clone.segments[0].leaf.data.normal_()
-        assert torch.equal(start(clone), first)
-        assert not torch.equal(start(clone, seed=1), first)
+    with lease(pool) as replica:
+        first = start(replica)
+        replica.segments[0].leaf.data.normal_()
+        assert torch.equal(start(replica), first)
+        assert not torch.equal(start(replica, seed=1), first)
         with lease(pool) as other:
             assert torch.equal(start(other), first)
 
@@ -91,15 +92,15 @@ def test_first_values_of_an_adapter_follow_the_seed_alone(pool):
 @pytest.mark.parametrize("changes", [{}, {"init_lora_weights": "gaussian"}, {"use_dora": True}])
 def test_first_values_are_distributed_as_those_of_peft(backbone, changes):
     lora = replace(LORA, r=64, **changes)
-    clone = AdaptedClone(backbone.module, lora, keep_pooler=False)
-    start(clone, lora)
-    module = clones_module.clone_module(backbone.module)
-    clones_module.drop_pooler(module)
+    replica = AdaptedReplica(backbone.module, lora, keep_pooler=False)
+    start(replica, lora)
+    module = replicas_module.replicate(backbone.module)
+    replicas_module.drop_pooler(module)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = clones_module.peft_config(lora, module)
-        clones_module.inject_adapter_in_model(config, module)
-    ours = clone.read()
+        config = peft_config(lora, module)
+        replicas_module.inject_adapter_in_model(config, module)
+    ours = replica.state_dict()
     theirs = {name: p.detach().numpy() for name, p in module.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
@@ -113,9 +114,9 @@ def test_first_values_are_distributed_as_those_of_peft(backbone, changes):
 
 def scaling(pool, **changes):
     lora = replace(LORA, r=4, **changes)
-    with lease(pool, lora) as clone:
-        clone.start(lora, seed=0)
-        (value,) = {layer.scaling["default"] for layer in clone.layers}
+    with lease(pool, lora) as replica:
+        replica.reset_parameters(lora, seed=0)
+        (value,) = {layer.scaling["default"] for layer in replica.lora_layers}
         return value
 
 
@@ -127,8 +128,8 @@ def test_scaling_is_that_of_the_last_settings(pool):
 
 def test_target_modules_choose_the_layers(encoder):
     lora = replace(LORA, target_modules=("query",))
-    with make_backbone(encoder).lease(lora) as clone:
-        adapted = {name for name, m in clone.module.named_modules() if hasattr(m, "lora_A")}
+    with make_backbone(encoder).lease(lora) as replica:
+        adapted = {name for name, m in replica.module.named_modules() if hasattr(m, "lora_A")}
     assert adapted == {f"encoder.layer.{i}.attention.self.query" for i in (0, 1)}
 
 
@@ -149,7 +150,7 @@ def test_one_shape_is_injected_once_and_every_other_shape_too(pool, injections):
     assert injections.call_count == 3
 
 
-def test_clones_in_use_at_once_are_different_ones(pool, injections):
+def test_replicas_in_use_at_once_are_different_ones(pool, injections):
     with lease(pool) as first, lease(pool) as second:
         assert first.segments[0].leaf.data_ptr() != second.segments[0].leaf.data_ptr()
     with lease(pool), lease(pool):
@@ -158,32 +159,32 @@ def test_clones_in_use_at_once_are_different_ones(pool, injections):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_clone_that_met_an_exception_is_not_lent_again(pool, error):
-    with pytest.raises(error), lease(pool) as clone:
+def test_replica_that_met_an_exception_is_not_lent_again(pool, error):
+    with pytest.raises(error), lease(pool) as replica:
         raise error
     with lease(pool) as other:
-        assert other is not clone
+        assert other is not replica
 
 
-def test_free_clones_are_bounded_in_number_and_bytes(backbone, monkeypatch):
-    monkeypatch.setattr(clones_module, "MAX_FREE_CLONES", 3)
-    pool = ClonePool(backbone.module, backbone.nbytes)
+def test_free_replicas_are_bounded_in_number_and_bytes(backbone, monkeypatch):
+    monkeypatch.setattr(replicas_module, "MAX_FREE_REPLICAS", 3)
+    pool = ReplicaPool(backbone.module, backbone.nbytes)
     for r in range(1, 7):
-        with lease(pool, replace(LORA, r=r)) as clone:
+        with lease(pool, replace(LORA, r=r)) as replica:
             pass
-    assert [clone.shape.r for clone in pool._free] == [4, 5, 6]
-    monkeypatch.setattr(clones_module, "MIN_FREE_BYTES", clone.nbytes + 1)
-    small = ClonePool(backbone.module, base_bytes=0)
+    assert [replica.shape.r for replica in pool._free] == [4, 5, 6]
+    monkeypatch.setattr(replicas_module, "MIN_FREE_BYTES", replica.nbytes + 1)
+    small = ReplicaPool(backbone.module, base_bytes=0)
     for r in (4, 5, 6):
         with lease(small, replace(LORA, r=r)):
             pass
-    assert [clone.shape.r for clone in small._free] == [6]
-    assert small.nbytes == clone.nbytes
+    assert [replica.shape.r for replica in small._free] == [6]
+    assert small.nbytes == replica.nbytes
 
 
 @pytest.fixture
 def writes(monkeypatch):
-    """Count the copies of an adapter onto a clone."""
+    """Count the copies of an adapter onto a replica."""
     write, calls = FlatParameters.write, []
     monkeypatch.setattr(
         FlatParameters, "write", lambda flat, values: calls.append(flat) or write(flat, values)
@@ -192,52 +193,52 @@ def writes(monkeypatch):
 
 
 def test_adapters_of_one_shape_take_turns_at_one_copy_each(backbone, pool, injections, writes):
-    states = [make_model(backbone, seed=seed).capture(TextSettings(32)) for seed in (0, 1)]
-    backbone = replace(backbone, clones=pool)
+    states = [make_model(backbone, seed=seed).adapter_state(TextSettings(32)) for seed in (0, 1)]
+    backbone = replace(backbone, replicas=pool)
     injections.reset_mock(), writes.clear()
     for state, n_writes in [(0, 1), (0, 1), (1, 2), (1, 2), (0, 3)]:
-        with TextClassifierModel.restored(backbone, states[state]) as model:
-            for name, value in model.clone.read().items():
+        with TextClassifierModel.for_prediction(backbone, states[state]) as model:
+            for name, value in model.replica.state_dict().items():
                 np.testing.assert_array_equal(value, states[state].lora_tensors[name])
         assert len(writes) == n_writes
     assert injections.call_count == 1
 
 
 def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes):
-    backbone = replace(backbone, clones=pool)
-    with TextClassifierModel.fresh(backbone, LORA, 3, "auto") as model:
+    backbone = replace(backbone, replicas=pool)
+    with TextClassifierModel.for_training(backbone, LORA, 3, "auto") as model:
         train(model, random_tokens(), np.arange(16) % 3, make_settings())
-        state = model.capture(TextSettings(32))
+        state = model.adapter_state(TextSettings(32))
     writes.clear()
-    with TextClassifierModel.restored(backbone, state) as again:
+    with TextClassifierModel.for_prediction(backbone, state) as again:
         predict_logits(again, random_tokens())
-    assert again.clone is model.clone
+    assert again.replica is model.replica
     assert not writes
 
 
-def test_adapter_is_copied_again_after_its_clone_was_trained(backbone, pool):
-    backbone = replace(backbone, clones=pool)
-    state = make_model(backbone, seed=3).capture(TextSettings(32))
-    with TextClassifierModel.restored(backbone, state) as model:
+def test_adapter_is_copied_again_after_its_replica_was_trained(backbone, pool):
+    backbone = replace(backbone, replicas=pool)
+    state = make_model(backbone, seed=3).adapter_state(TextSettings(32))
+    with TextClassifierModel.for_prediction(backbone, state) as model:
         expected = predict_logits(model, random_tokens())
-    with TextClassifierModel.fresh(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
+    with TextClassifierModel.for_training(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
         train(other, random_tokens(), np.arange(16) % 3, make_settings())
-    with TextClassifierModel.restored(backbone, state) as model:
-        assert model.clone is other.clone
+    with TextClassifierModel.for_prediction(backbone, state) as model:
+        assert model.replica is other.replica
         np.testing.assert_array_equal(predict_logits(model, random_tokens()), expected)
 
 
 def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbone, pool):
-    state = make_model(backbone).capture(TextSettings(32))
+    state = make_model(backbone).adapter_state(TextSettings(32))
     other = replace(state, lora=replace(LORA, lora_alpha=99))
-    with lease(pool) as clone:
-        clone.activate(state)
+    with lease(pool) as replica:
+        replica.activate(state)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clone, "_write", Mock(side_effect=MemoryError))
+            patch.setattr(replica, "_write", Mock(side_effect=MemoryError))
             with pytest.raises(MemoryError):
-                clone.activate(other)
-        clone.activate(state)
-        assert {layer.scaling["default"] for layer in clone.layers} == {1}
+                replica.activate(other)
+        replica.activate(state)
+        assert {layer.scaling["default"] for layer in replica.lora_layers} == {1}
 
 
 def test_threads_that_load_and_start_adapters_do_not_disturb_each_other(tiny_model, tmp_path):
@@ -250,7 +251,7 @@ def test_threads_that_load_and_start_adapters_do_not_disturb_each_other(tiny_mod
     base = make_backbone(source).module
 
     def first_values(_):
-        return start(AdaptedClone(base, LORA, keep_pooler=False))
+        return start(AdaptedReplica(base, LORA, keep_pooler=False))
 
     state = torch.get_rng_state()
     expected = first_values(0)

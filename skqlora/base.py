@@ -1,0 +1,316 @@
+"""What every estimator of this package does, whatever it predicts: save, load, export, compute."""
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Self
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from skqlora._utils.libraries import import_libraries
+from skqlora.adapter import Fitted
+from skqlora.persistence import saving
+from skqlora.persistence.folders import written_folder
+from skqlora.settings.parameters import Parameters
+from skqlora.text.inputs import (
+    LabelledTexts,
+    check_texts,
+    check_validation,
+    is_validation_given,
+)
+from skqlora.training.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin
+
+MERGE_DTYPES = ("float32", "bfloat16", "float16")
+DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
+
+
+class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
+    """Base class of estimators that fine-tune a 4-bit language model.
+
+    A fitted one is its parameters and an adapter. The base model belongs to the process, which
+    loads it at the first `fit` or `predict`.
+    """
+
+    _doc_link_module = "skqlora"
+    _doc_link_template = DOC_LINK
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the fitted estimator to a folder, without the base and without pickle.
+
+        The folder holds JSON and safetensors: parameters, classes, adapter and head. The adapter
+        has the names that PEFT gives it, so that
+        ``PeftModel.from_pretrained(AutoModel.from_pretrained(model), path)`` computes its hidden
+        states. If the process is killed, the folder is what it was before, or it is the whole new
+        one.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that does not exist yet, or is empty.
+        overwrite : bool, default=False
+            Replace a folder that `save` wrote.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            If the estimator is not fitted.
+        ValueError
+            If a parameter, such as a `scoring` function, cannot be written without pickle.
+        OSError
+            If something else is at `path`, or it cannot be written.
+        """
+        saving.save(self, path, os.path.basename(path), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, revision: str | None = None) -> Self:
+        """Read an estimator that `save` wrote. The base is loaded at the first prediction.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder, or the id of a repository of the Hugging Face Hub.
+        revision : str, default=None
+            Branch, tag or commit on the Hub.
+
+        Returns
+        -------
+        estimator : QLoRAClassifier
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a file is damaged, or was written by a newer version. The message names the file.
+        OSError
+            If there is no such folder or repository, or a file is missing.
+        """
+        return saving.load(cls, path, revision)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
+        """Write the fitted estimator to a repository of the Hugging Face Hub, as `save` does.
+
+        `load` reads it from there. Log in first: ``hf auth login``. Everyone who reads it needs the
+        base. If `model` is a folder, its path is what they get to see, and a warning says so.
+
+        Parameters
+        ----------
+        repo_id : str
+            "name" or "organisation/name". It is made if it does not exist.
+        private : bool, default=None
+            Whether a new repository is private. None leaves that to the organisation's settings.
+
+        Returns
+        -------
+        url : str
+            The address of the commit.
+
+        Raises
+        ------
+        huggingface_hub.errors.HfHubHTTPError, OfflineModeIsEnabled
+            If the Hub refuses, or cannot be reached.
+        """
+        return saving.push_to_hub(self, repo_id, private=private)
+
+    def to_peft(self, path: str | os.PathLike) -> None:
+        """Write the adapter with its head as PEFT writes one for sequence classification.
+
+        ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=n_classes)`` loads
+        it. The logits are the same on the same base: for a 4-bit one pass the
+        `quantization_config`, with the head in its `llm_int8_skip_modules`.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that does not exist yet, or is empty.
+
+        Raises
+        ------
+        ValueError
+            If Transformers has no class for this base with this pooling: see `to_transformers`.
+        OSError
+            If something else is at `path`, or it cannot be written.
+        """
+        check_is_fitted(self)
+        import_libraries()
+        from skqlora.persistence.exporting import write_peft
+
+        with written_folder(path) as folder:
+            write_peft(self._typed_parameters, self._get_fitted(), folder)
+
+    @classmethod
+    def from_peft(
+        cls,
+        path: str | os.PathLike,
+        *,
+        classes: Any = None,
+        multilabel: bool = False,
+        **parameters: Any,
+    ) -> Self:
+        """Make a fitted classifier of an adapter that PEFT or TRL trained.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that ``PeftModel.save_pretrained`` wrote for a decoder, or an encoder of the
+            family of BERT, for sequence classification; or its repository on the Hub.
+        classes : array-like of shape (n_classes,), default=None
+            The labels in the order of the head's rows, which are put in that of `classes_`. None
+            numbers them.
+        multilabel : bool, default=False
+            Whether a text has any number of labels.
+        **parameters : dict
+            Parameters of the classifier, instead of what the adapter says, e.g. `model`, or
+            ``quantization=None`` for an adapter that was trained on a 16-bit base.
+
+        Returns
+        -------
+        classifier : QLoRAClassifier
+            The fitted classifier. Its `n_iter_` is 0.
+
+        Raises
+        ------
+        ValueError
+            If it is another kind of adapter, has another head than a linear layer, or does not fit
+            the base. The message names what.
+        """
+        import_libraries()
+        from skqlora.persistence.exporting import read_peft
+
+        chosen, fitted = read_peft(cls, path, classes, multilabel, parameters)
+        estimator = cls(**chosen)
+        estimator._set_fitted(fitted)
+        return estimator
+
+    def to_transformers(self) -> tuple[Any, Any]:
+        """Make a Transformers model and its tokenizer that predict the same.
+
+        ``pipeline("text-classification", model=model, tokenizer=tokenizer)`` runs them. The weights
+        are those of the base, dequantized in float32, plus the adapter: 4 bytes each, on the CPU.
+
+        Returns
+        -------
+        model : transformers.PreTrainedModel
+            A model of `AutoModelForSequenceClassification`, with the classes in `config.id2label`.
+        tokenizer : transformers.PreTrainedTokenizerBase
+            It pads on the right, and cuts at the same length where truncation is asked for.
+
+        Raises
+        ------
+        ValueError
+            If Transformers has no class for this base with this pooling. It has for most decoders,
+            and for BERT and ALBERT with ``pooling="pooler"``.
+        """
+        check_is_fitted(self)
+        import_libraries()
+        from skqlora.persistence.exporting import to_transformers
+
+        return to_transformers(self._typed_parameters, self._get_fitted())
+
+    def merge(self, path: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Write the model of `to_transformers` and its tokenizer to a folder.
+
+        The adapter is never merged into the 16-bit weights, which it did not see, and the result is
+        not quantized again.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder that does not exist yet, or is empty.
+        dtype : {"float32", "bfloat16", "float16"}, default="float32"
+            The precision that the weights are rounded to. float32 keeps the probabilities.
+
+        Raises
+        ------
+        ValueError
+            For another `dtype`, or as `to_transformers`.
+        OSError
+            If something else is at `path`, or it cannot be written.
+        """
+        check_is_fitted(self)
+        if dtype not in MERGE_DTYPES:
+            raise ValueError(f"Got dtype={dtype!r}. Wanted: one of {', '.join(MERGE_DTYPES)}.")
+        import_libraries()
+        from skqlora.persistence.exporting import write_merged
+
+        with written_folder(path) as folder:
+            write_merged(self._typed_parameters, self._get_fitted(), folder, dtype)
+
+    def _compute_logits(self, X: Any) -> np.ndarray:
+        """Compute logits of shape (n_texts, n_outputs), from the base of the process."""
+        check_is_fitted(self)
+        self._validate_params()
+        import_libraries()
+        from skqlora.model.prediction import PREDICTION_CHUNK, compute_logits
+
+        if isinstance(X, Iterator):  # of which only a chunk is held at a time
+            chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
+            logits = [self._compute_logits(chunk) for chunk in chunks]
+            return np.concatenate(logits or [self._compute_logits([])])
+        texts = self._check_texts(X, reset=False)
+        return compute_logits(self._typed_parameters, self.adapter_, texts)
+
+    def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
+        """Turn `X` into texts; `reset` says whether what is seen in it is to be remembered."""
+        return check_texts(X, name)
+
+    def _set_fitted(self, fitted: Fitted) -> None:
+        """Set everything that a fit leaves, all at once: a failure leaves an older fit whole."""
+        self.classes_ = fitted.classes
+        self.multilabel_ = fitted.multilabel
+        self.adapter_ = fitted.adapter
+        self.settings_ = fitted.settings
+        self.n_iter_ = fitted.n_iter
+        self.n_samples_seen_ = fitted.n_samples_seen
+        self.loss_curve_ = list(fitted.loss_curve)
+        self.validation_scores_ = fitted.validation_scores
+        self.best_validation_score_ = fitted.best_validation_score
+        self.optimizer_state_ = fitted.optimizer_state
+        self.footprint_ = fitted.footprint
+        self._random_seed = fitted.random_seed
+
+    def _get_fitted(self) -> Fitted:
+        """Return what `_set_fitted` has set."""
+        return Fitted(
+            classes=self.classes_,
+            multilabel=self.multilabel_,
+            adapter=self.adapter_,
+            settings=self.settings_,
+            n_iter=self.n_iter_,
+            n_samples_seen=self.n_samples_seen_,
+            loss_curve=list(self.loss_curve_),
+            validation_scores=self.validation_scores_,
+            best_validation_score=self.best_validation_score_,
+            optimizer_state=self.optimizer_state_,
+            footprint=self.footprint_,
+            random_seed=self._random_seed,
+        )
+
+    @property
+    def _typed_parameters(self) -> Parameters:
+        return Parameters.of(self.get_params(deep=False))
+
+    def _check_validation(
+        self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any
+    ) -> LabelledTexts | None:
+        """Check what early stopping scores as what is trained on."""
+        if not is_validation_given(X_val, y_val, sample_weight_val, self.early_stopping):
+            return None
+        texts = self._check_texts(X_val, reset=False, name="X_val")
+        return check_validation(texts, y_val, sample_weight_val, training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave callbacks out of a fitted estimator; on the way to a worker they are needed."""
+        state = super().__getstate__()
+        if "adapter_" in state:
+            state = {key: value for key, value in state.items() if key not in CALLBACK_ATTRIBUTES}
+        return state
+
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that `X` is one-dimensional text."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        return tags

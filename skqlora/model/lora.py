@@ -1,0 +1,114 @@
+"""LoRA on a model, by PEFT: its configuration, and which modules of a model it is put on."""
+
+import functools
+from dataclasses import replace
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from skqlora._utils.libraries import library_lock, muted
+from skqlora.model.blocks import modules_in_layers
+from skqlora.model.lora_layer import FusedLinear4bit
+from skqlora.model.modules import replicate
+from skqlora.settings.adapter_settings import LoraSettings
+from skqlora.settings.parameters import Parameters
+
+ADAPTER = "default"  # PEFT's own name for the only adapter of a model
+
+
+def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSettings:
+    """Say which adapter a fit trains: on which modules, if only some layers are adapted.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    skeleton : transformers.PreTrainedModel
+        On the meta device; it is not changed.
+
+    Returns
+    -------
+    lora : LoraSettings
+
+    Raises
+    ------
+    ValueError
+        If `target_modules` or `layers` do not fit the model.
+    """
+    lora = parameters.lora
+    with muted(progress_bars=bool(parameters.verbose)):
+        targets = targeted_modules(lora.target_modules, skeleton)
+    if isinstance(parameters.layers, str):  # "all"
+        return lora
+    chosen = modules_in_layers(targets, parameters.layers, skeleton)
+    return replace(lora, target_modules=chosen)
+
+
+def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
+    """Write the settings as PEFT wants them for a base or its skeleton."""
+    targets = lora.target_modules
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
+        fan_in_fan_out=has_conv1d(module),
+    )
+    config._register_custom_module({bnb.nn.Linear4bit: FusedLinear4bit})
+    return config
+
+
+def targeted_modules(
+    target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
+) -> tuple[str, ...]:
+    """Name the modules that an adapter would be on, tried on a skeleton without weights.
+
+    What a base would refuse later is refused here.
+
+    Parameters
+    ----------
+    target_modules : str or tuple of str
+    skeleton : transformers.PreTrainedModel
+        On the meta device; it is not changed.
+
+    Returns
+    -------
+    names : tuple of str
+
+    Raises
+    ------
+    ValueError
+        If `target_modules` fits no layer, or one that cannot have an adapter.
+    """
+    try:
+        if not all(isinstance(target, str) for target in target_modules):
+            raise TypeError("a name that is no str.")
+        return _try_targets(target_modules, skeleton)
+    except Exception as error:  # PEFT's ValueError, re.error ... of a user's choice
+        raise ValueError(
+            f"Got target_modules={target_modules!r}, which cannot be adapted: {error} Wanted: "
+            "'all-linear', or names of linear layers of this model."
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)  # the candidates of a search differ in other parameters
+def _try_targets(
+    target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
+) -> tuple[str, ...]:
+    module = replicate(skeleton)
+    lora = LoraSettings(1, 1.0, target_modules, False, False, True)
+    with library_lock, torch.device("meta"):
+        inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
+    return tuple(name for name, m in module.named_modules() if isinstance(m, LoraLayer))
+
+
+def has_conv1d(module: nn.Module) -> bool:
+    """Whether the base keeps GPT-2's transposed layers, which it does only unquantized."""
+    return any(isinstance(m, Conv1D) for m in module.modules())

@@ -1,0 +1,51 @@
+"""Copying a module tree, and building one without drawing random numbers.
+
+Knows nothing of adapters.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+RANDOM_FILLS = (
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+)
+
+
+class NoRandomInit(TorchFunctionMode):
+    """A context in which this thread fills with zeros what would be random, and draws nothing.
+
+    The first values of a loaded model are replaced at once, and the process's random state is the
+    user's.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in RANDOM_FILLS:  # of torch.Tensor or torch.nn.init
+            return (args[0] if args else kwargs["tensor"]).detach().zero_()
+        if name in ("rand", "randn"):
+            func = torch.zeros
+        return func(*args, **kwargs)
+
+
+def replicate(base: PreTrainedModel) -> PreTrainedModel:
+    """Copy the module tree and share every tensor and the configuration."""
+    shared: list[Any] = [*base.parameters(), *base.buffers(), base.config]
+    shared += [m.quant_state for m in base.modules() if getattr(m, "quant_state", None) is not None]
+    return copy.deepcopy(base, {id(x): x for x in shared})
+
+
+def drop_pooler(module: PreTrainedModel) -> None:
+    """Take away the layer over the first token that some encoders end in."""
+    if hasattr(module, "pooler"):
+        setattr(module, "pooler", None)  # noqa: B010 (mypy: a module has no such attribute)

@@ -1,0 +1,106 @@
+"""Forward passes over many texts: their logits, or the vectors that the head is given."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from skqlora._utils.processes import check_not_forked
+from skqlora.adapter import AdapterState
+from skqlora.model.cache import get_backbone
+from skqlora.model.spec import BackboneSpec
+from skqlora.model.text_classifier import TextClassifierModel, check_base
+from skqlora.settings.parameters import Parameters
+from skqlora.text.batches import TokenizedTexts, prediction_batches
+from skqlora.text.tokenization import check_tokenizer, load_tokenizer
+
+PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
+PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
+
+
+def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[str]) -> np.ndarray:
+    """Compute the logits of texts, from the base of the process and an adapter.
+
+    A text that is there several times is computed once. Token ids are made chunk by chunk, so that
+    besides texts and logits the memory stays bounded.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    adapter : AdapterState
+    texts : list of str, of length n_texts
+
+    Returns
+    -------
+    logits : ndarray of shape (n_texts, n_classes), float64
+
+    Raises
+    ------
+    ValueError
+        If the base or its tokenizer is not the one that the adapter was trained with.
+    """
+    check_not_forked()
+    spec = BackboneSpec.of(parameters, adapter)
+    backbone = get_backbone(spec, verbose=bool(parameters.verbose))
+    check_base(backbone, adapter)
+    tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
+    check_tokenizer(tokenizer, spec.model, adapter.tokenizer_fingerprint)
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    different = list(places)
+    logits = []
+    with TextClassifierModel.for_prediction(backbone, adapter) as model:
+        for start in range(0, len(different), PREDICTION_CHUNK):
+            chunk = different[start : start + PREDICTION_CHUNK]
+            tokens, counts = tokenizer.tokenize(chunk, adapter.text, backbone.vocab_size)
+            # The logits of a text are the mean over its windows, which lie one after the other.
+            sums = np.add.reduceat(predict_logits(model, tokens), np.cumsum(counts) - counts)
+            logits.append(sums / counts[:, None])
+    return np.concatenate(logits)[[places[text] for text in texts]]
+
+
+def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+    """Compute the logits of each row, in the order of the rows.
+
+    Parameters
+    ----------
+    model : TextClassifierModel
+    tokens : TokenizedTexts
+        The n_rows texts.
+
+    Returns
+    -------
+    logits : ndarray of shape (n_rows, n_classes), float64
+    """
+    logits = np.empty((len(tokens), model.head.out_features))
+    return _compute(model, model, tokens, logits)
+
+
+def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+    """Compute what the head would be given for each row, in the order of the rows.
+
+    Parameters
+    ----------
+    model : TextClassifierModel
+    tokens : TokenizedTexts
+        The n_rows texts.
+
+    Returns
+    -------
+    features : ndarray of shape (n_rows, hidden_size), float32
+    """
+    features = np.empty((len(tokens), model.head.in_features), dtype=np.float32)
+    return _compute(model.encode, model, tokens, features)
+
+
+@torch.no_grad()
+def _compute(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: TextClassifierModel,
+    tokens: TokenizedTexts,
+    values: np.ndarray,
+) -> np.ndarray:
+    device = model.backbone.spec.device
+    for rows in prediction_batches(tokens.lengths, PREDICTION_TOKENS):
+        input_ids, mask = tokens.batch(rows)
+        values[rows] = function(input_ids.to(device), mask.to(device)).cpu().numpy()
+    return values

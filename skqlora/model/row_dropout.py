@@ -1,0 +1,77 @@
+"""Dropout of LoRA's input with one mask for each text, however an update is cut into passes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RowsOfUpdate:
+    """Which rows of which update a forward pass holds.
+
+    Attributes
+    ----------
+    update : int
+        Number of the update of the weights.
+    batch_rows : int
+        Number of rows in the update, over all of its passes and ranks.
+    rows : torch.Tensor of int64, of shape (n_rows,)
+        The places in the update of the rows of this pass, on the device of the model.
+    """
+
+    update: int
+    batch_rows: int
+    rows: torch.Tensor
+
+
+class RowDropout(nn.Module):
+    """Dropout with one mask for each row, which all tokens of the row share.
+
+    The mask follows from the seed, the number of the update, the layer and the row's place in the
+    update, and never from a global generator. So neither the cut of an update into passes, nor
+    recomputation under checkpointing, nor another thread changes what is trained.
+
+    Parameters
+    ----------
+    p : float
+        Share of the features that is dropped.
+    seed, layer : int
+    row_axis : int
+        Axis of the input along which the rows lie. It may hold several tokens of each row in turn.
+
+    Attributes
+    ----------
+    part : RowsOfUpdate or None
+        What the current pass holds; `TextClassifierModel.forward` sets it.
+    """
+
+    def __init__(self, p: float, seed: int, layer: int, row_axis: int):
+        super().__init__()
+        self.p, self.seed, self.layer, self.row_axis = p, seed, layer, row_axis
+        self.part: RowsOfUpdate | None = None
+        self._keep, self._update = torch.empty(0), -1  # the mask of an update, and its number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Drop features, the last axis, of the activations of a pass."""
+        if not self.training:
+            return x
+        part = self.part
+        assert part is not None  # a training pass says which rows it holds
+        if self._update != part.update:
+            self._keep, self._update = self._draw(part, x), part.update
+        keep = self._keep[part.rows.to(x.device)]  # elsewhere where a base is on several devices
+        # (n_rows, n_features), once for each token where rows and tokens share the axis
+        n_repeats = x.shape[self.row_axis] // len(part.rows)
+        scale = (keep / (1 - self.p)).repeat_interleave(n_repeats, 0)
+        shape = [1] * x.ndim
+        shape[self.row_axis], shape[-1] = scale.shape
+        return x * scale.to(x.dtype).view(shape)
+
+    def _draw(self, part: RowsOfUpdate, x: torch.Tensor) -> torch.Tensor:
+        """Draw what is kept of all rows of the update, of shape (batch_rows, n_features), bool."""
+        words = np.random.SeedSequence([self.seed, part.update, self.layer]).generate_state(2)
+        generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        keep = torch.empty(part.batch_rows, x.shape[-1], dtype=torch.float32, device=x.device)
+        return keep.bernoulli_(1 - self.p, generator=generator).bool()

@@ -1,0 +1,124 @@
+"""Which base a fit or a prediction means: everything that makes one loaded base another."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from skqlora._utils.libraries import muted
+from skqlora.adapter import AdapterState
+from skqlora.model.architecture import Architecture, check_architecture, pin_revision
+from skqlora.model.device import may_spread, resolve_compute_dtype, resolve_device
+from skqlora.settings.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that makes one loaded base differ from another.
+
+    Attributes
+    ----------
+    model : str
+        A Hub id or a local folder.
+    revision : str or None
+    quantization : {"nf4", "fp4"} or None
+    double_quant : bool
+        Quantize the quantization constants too.
+    compute_dtype : torch.dtype
+        Of the products with the base's weights.
+    device : torch.device
+    spread : bool
+        Put what does not fit on `device` onto the next ones.
+    attn_implementation : str or None
+        transformers' name of the attention kernel; None is its choice.
+    files : tuple
+        What `describe_files` tells of a local folder, so that a changed folder is another base.
+    """
+
+    model: str
+    revision: str | None
+    quantization: str | None
+    double_quant: bool
+    compute_dtype: torch.dtype
+    device: torch.device
+    spread: bool = False
+    attn_implementation: str | None = None
+    files: tuple = ()
+
+    @classmethod
+    def of(
+        cls, parameters: Parameters, adapter: AdapterState | None = None, *, here: bool = True
+    ) -> "BackboneSpec":
+        """Say which base the parameters mean.
+
+        Parameters
+        ----------
+        parameters : Parameters
+        adapter : AdapterState, optional
+            The base is then the very commit that this adapter was trained on.
+        here : bool, default=True
+            Whether the device has to be on this machine.
+
+        Returns
+        -------
+        spec : BackboneSpec
+
+        Raises
+        ------
+        ValueError
+            If there is no such device, or it cannot compute in that precision.
+        """
+        device = resolve_device(parameters.device, here=here)
+        files = describe_files(parameters.model)
+        model = str(files[0]) if files else parameters.model  # however a path is written
+        if adapter is not None and adapter.revision is not None and adapter.model == model:
+            revision = adapter.revision
+        else:
+            revision = parameters.revision if files else pin_revision(model, parameters.revision)
+        return cls(
+            model=model,
+            revision=revision,
+            quantization=parameters.quantization,
+            double_quant=parameters.double_quant and parameters.quantization is not None,
+            compute_dtype=resolve_compute_dtype(parameters.compute_dtype, device),
+            device=device,
+            spread=parameters.device == "auto" and may_spread(device),
+            attn_implementation=parameters.attn_implementation,
+            files=files,
+        )
+
+    def architecture(self, *, progress_bars: bool = False) -> Architecture:
+        """Read the model's configuration; raise ValueError for a model that cannot be adapted."""
+        with muted(progress_bars=progress_bars):
+            return check_architecture(
+                self.model,
+                self.revision,
+                quantized=self.quantization is not None,
+                attn_implementation=self.attn_implementation,
+                files=self.files,
+            )
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Dtype of what is not quantized: embeddings and norms, or everything."""
+        if self.quantization is None:
+            return self.compute_dtype
+        # On an accelerator bfloat16 halves the embeddings. float16 would overflow in the residual
+        # stream.
+        on_accelerator = self.device.type != "cpu"
+        halved = on_accelerator and self.compute_dtype == torch.bfloat16
+        return self.compute_dtype if halved else torch.float32
+
+
+def describe_files(model: str) -> tuple:
+    """List the path and the files of a local folder, with sizes and times; () for a Hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return ()
+    files = []
+    for path in sorted(folder.iterdir()):
+        with suppress(FileNotFoundError):  # a temporary file of somebody who writes there
+            if path.is_file():
+                files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return folder.resolve(), *files

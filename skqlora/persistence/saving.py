@@ -1,0 +1,154 @@
+"""Fitted estimators written to folders and to the Hugging Face Hub, and read from there."""
+
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from skqlora._utils.libraries import import_libraries
+from skqlora.adapter import Fitted
+from skqlora.persistence.folders import find_aside, written_folder
+from skqlora.persistence.model_card import model_card
+from skqlora.persistence.peft_format import write_adapter
+from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
+from skqlora.settings.parameters import Parameters
+from skqlora.settings.settings import Settings
+
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # an id of the Hub
+
+
+def save(
+    estimator: BaseEstimator, path: str | os.PathLike, name: str, *, overwrite: bool = False
+) -> None:
+    """Write a fitted estimator to a folder; see `QLoRAClassifier.save`.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+    path : str or path
+    name : str
+        Where the model card says to load from.
+    overwrite : bool, default=False
+    """
+    from skqlora import __version__
+
+    check_is_fitted(estimator)
+    import_libraries()  # PEFT writes its own configuration
+    parameters, fitted = estimator.get_params(deep=False), estimator._get_fitted()
+    adapter, model = fitted.adapter, os.fspath(estimator.model)
+    revision = adapter.revision if adapter.model == model else estimator.revision
+    moved = replace(fitted, adapter=replace(adapter, model=model, revision=revision))
+    with written_folder(path, ALL_FILES if overwrite else None) as folder:
+        write_adapter(
+            folder,
+            adapter.lora,
+            adapter.lora_tensors,
+            model=model,
+            revision=revision,
+            lora_dropout=estimator.lora_dropout,
+        )
+        _write_card(folder, parameters, fitted, name)
+        write_classifier(folder, parameters, moved, __version__)
+
+
+def load(kind: Any, path: str | os.PathLike, revision: str | None) -> Any:
+    """Read an estimator that `save` wrote; see `QLoRAClassifier.load`.
+
+    Parameters
+    ----------
+    kind : type
+        The class of the estimator.
+    path : str or path
+    revision : str or None
+
+    Returns
+    -------
+    estimator : QLoRAClassifier
+    """
+    folder = _folder_of(path, revision)
+    parameters, fitted, settled = read_classifier(folder)
+    unknown = parameters.keys() - set(kind._get_param_names())
+    if unknown:
+        raise ValueError(
+            f"{str(folder)!r} holds the parameter {min(unknown)!r}, which this version of "
+            "skqlora does not have. Wanted: the version that wrote it, or a newer one."
+        )
+    estimator = kind(**parameters)
+    estimator._validate_params()
+    if settled is not None:
+        asked = Parameters.of(estimator.get_params(deep=False))
+        fitted = replace(fitted, settings=Settings.from_settled(asked, settled))
+    estimator._set_fitted(fitted)
+    return estimator
+
+
+def push_to_hub(estimator: BaseEstimator, repo_id: str, *, private: bool | None) -> str:
+    """Write a fitted estimator to the Hugging Face Hub; see `QLoRAClassifier.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    check_is_fitted(estimator)
+    if os.path.isdir(estimator.model):
+        warnings.warn(
+            f"Got model={os.fspath(estimator.model)!r}, a folder of this machine, and that path is "
+            "published. If the base is on the Hub, call clf.set_params(model='its name there') "
+            "before; otherwise those who load the classifier set it to a folder of theirs.",
+            stacklevel=3,
+        )
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "classifier"
+        save(
+            estimator, folder, repo_id
+        )  # what cannot be written shows before there is a repository
+        repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # Now the card has the name of the organisation too.
+        _write_card(folder, estimator.get_params(deep=False), estimator._get_fitted(), repo_id)
+        commit = HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            commit_message="Text classifier of skqlora",
+            delete_patterns=list(ALL_FILES),  # of an earlier one
+        )
+    return commit.commit_url
+
+
+def _write_card(folder: Path, parameters: dict[str, Any], fitted: Fitted, name: str) -> None:
+    card = model_card(parameters, fitted, name)
+    (folder / FILES.model_card).write_text(card, "utf-8", errors="replace")
+
+
+def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
+    """Find a folder on the disk or, by the id of a repository, on the Hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    aside = find_aside(folder)
+    if aside is not None:
+        raise NotADirectoryError(
+            f"Got path={str(folder)!r}, where nothing is: a write to it was cut off between two "
+            f"renames. What was there before may be {str(aside)!r}: if so, rename it."
+        )
+    if folder.exists() or folder.is_absolute() or not REPOSITORY.fullmatch(os.fspath(path)):
+        raise NotADirectoryError(
+            f"Got path={str(folder)!r}, which is no folder. Wanted: one that `save` wrote, or the "
+            "id of a repository of the Hugging Face Hub."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            os.fspath(path), revision=revision, allow_patterns=list(ALL_FILES)
+        )
+    except OSError as error:
+        if error.errno is not None:  # of the disk; the Hub's own have none, and name no path
+            raise
+        raise FileNotFoundError(
+            f"Got path={os.fspath(path)!r}. There is no such folder in {os.getcwd()!r}, and it "
+            f"could not be read from the Hugging Face Hub: {error}"
+        ) from error
+    return Path(found)

@@ -1,0 +1,34 @@
+"""The settings that an adapter is tied to, and that are therefore saved with it."""
+
+import math
+from dataclasses import dataclass
+
+TEXT_FIELD = "{text}"  # the place of the text in a prompt
+TRUNCATIONS = "head", "tail", "head+tail", "windows"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an adapter's shape and first values depend on, in PEFT's names."""
+
+    r: int
+    lora_alpha: float  # PEFT annotates an int, but only divides it
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+
+    @property
+    def scaling(self) -> float:
+        """Factor of LoRA's output: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How a text becomes token ids, in the names of the estimator's parameters."""
+
+    max_length: int
+    truncation: str = "head"
+    stride: int = 0
+    prompt: str | None = None

@@ -1,0 +1,233 @@
+"""What one fit does: the parameters, with a choice in the place of every "auto"."""
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
+from skqlora.settings.parameters import Parameters
+from skqlora.settings.recipe import (
+    AUTO_MAX_LENGTH,
+    HEAD_RATE_FACTOR,
+    auto_epochs,
+    auto_learning_rate,
+)
+
+# What a fit settles: the parameters that may be "auto", in the order of the table.
+SETTLED = (
+    "device",
+    "compute_dtype",
+    "max_length",
+    "pooling",
+    "num_train_epochs",
+    "learning_rate",
+    "head_learning_rate",
+    "gradient_checkpointing",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Settings(Parameters):
+    """The parameters of a fit, with what was chosen in the place of every "auto".
+
+    Its attributes have the names and the meaning of the estimator's parameters. Printed, it is a
+    table of the ones that may be "auto".
+
+    Attributes
+    ----------
+    device : str
+        The torch device that the model was on, e.g. "cuda:0".
+    compute_dtype : str
+        The precision of the products with the base's weights, e.g. "bfloat16".
+    max_length : int
+        The greatest number of tokens of a text.
+    pooling : {"last", "mean", "cls", "pooler"}
+        How the hidden states of a text become one vector.
+    num_train_epochs : int
+        The number of passes over the training texts, unless the fit stopped earlier.
+    learning_rate, head_learning_rate : float
+        The peak rates of LoRA and of the head.
+    gradient_checkpointing : bool
+        Whether activations were computed again instead of being kept.
+    incremental : bool
+        Whether this was a call of `partial_fit`: one epoch of an unknown number, so that the rates
+        are constant after a warm-up.
+    chosen : tuple of str
+        The names of the parameters that were "auto".
+    """
+
+    max_length: int
+    num_train_epochs: int
+    gradient_checkpointing: bool
+    learning_rate: float
+    head_learning_rate: float
+    incremental: bool = False
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> TextSettings:
+        """How a text becomes token ids."""
+        return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
+
+    def settled(self) -> dict[str, Any]:
+        """Return what the fit settled, by name: what cannot be told from the parameters."""
+        names = (*SETTLED, "incremental", "chosen")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    @classmethod
+    def from_settled(cls, parameters: Parameters, settled: Mapping[str, Any]) -> Self:
+        """Put together again what `settled` returned and the parameters."""
+        settled = {**settled, "chosen": tuple(settled["chosen"])}
+        return cls(**asdict(parameters) | settled)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTLED)
+        return f"Settings({values})"
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        name_width, value_width = (max(len(row[i]) for row in rows) for i in (0, 1))
+        lines = (f"{name:{name_width}}  {value:{value_width}}  {by}" for name, value, by in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align: left'>{name}</th><td>{html.escape(value)}</td>"
+            f"<td>{by}</td></tr>"
+            for name, value, by in self._rows()
+        )
+        return f"<table><caption>Settings of the fit</caption><tbody>{rows}</tbody></table>"
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name, value and who chose it."""
+        rows = []
+        for name in SETTLED:
+            value = getattr(self, name)
+            shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+            rows.append((name, shown, 'chosen by "auto"' if name in self.chosen else "as asked"))
+        return rows
+
+
+def resolve_settings(
+    parameters: Parameters,
+    *,
+    device: str,
+    compute_dtype: str,
+    max_length: int,
+    pooling: str,
+    num_train_epochs: int,
+    gradient_checkpointing: bool,
+    model_type: str,
+    hidden_size: int,
+    incremental: bool = False,
+) -> Settings:
+    """Replace every "auto" of the parameters by what the rules of `recipe` and the model say.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    device, compute_dtype, pooling : str
+        What they are for this machine and this model.
+    max_length : int
+        By `resolve_max_length`.
+    num_train_epochs : int
+        By `resolve_epochs`; 1 for an incremental training.
+    gradient_checkpointing : bool
+        What the memory of this machine asks for.
+    model_type : str
+        transformers' name of the family, e.g. "llama".
+    hidden_size : int
+        Number of features of a last hidden state.
+    incremental : bool, default=False
+        Train one epoch, at rates that do not decay.
+
+    Returns
+    -------
+    settings : Settings
+    """
+    rate, head_rate = parameters.learning_rate, parameters.head_learning_rate
+    if isinstance(rate, str):
+        rate = auto_learning_rate(model_type, hidden_size)
+    if isinstance(head_rate, str):
+        head_rate = HEAD_RATE_FACTOR * rate
+    schedule = "constant_with_warmup" if incremental else parameters.lr_scheduler_type
+    chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
+    settled = {
+        "device": device,
+        "compute_dtype": compute_dtype,
+        "max_length": max_length,
+        "pooling": pooling,
+        "num_train_epochs": num_train_epochs,
+        "learning_rate": float(rate),
+        "head_learning_rate": float(head_rate),
+        "gradient_checkpointing": gradient_checkpointing,
+        "lr_scheduler_type": schedule,
+        "incremental": incremental,
+        "chosen": chosen,
+    }
+    return Settings(**asdict(parameters) | settled)
+
+
+def resolve_epochs(parameters: Parameters, n_texts: int) -> int:
+    """Choose the number of passes over so many training texts."""
+    n_epochs = parameters.num_train_epochs
+    if isinstance(n_epochs, str):
+        return auto_epochs(n_texts, parameters.batch_rows)
+    return n_epochs
+
+
+def resolve_max_length(parameters: Parameters, limit: int) -> int:
+    """Choose the greatest number of tokens of a text.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    limit : int
+        The number of tokens that the model and its tokenizer take.
+
+    Returns
+    -------
+    max_length : int
+
+    Raises
+    ------
+    ValueError
+        If the user asks for more than the model takes.
+    """
+    max_length = parameters.max_length
+    if isinstance(max_length, str):
+        return min(AUTO_MAX_LENGTH, limit)
+    if max_length > limit:
+        raise ValueError(
+            f"Got max_length={max_length} but model={parameters.model!r} takes {limit} tokens. "
+            "Pass at most that, or 'auto'."
+        )
+    return max_length
+
+
+def resolve_text(parameters: Parameters, limit: int) -> TextSettings:
+    """Say how the texts of a fit become token ids.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    limit : int
+        The number of tokens that the model and its tokenizer take.
+
+    Returns
+    -------
+    text : TextSettings
+
+    Raises
+    ------
+    ValueError
+        If `max_length` is too large, or `prompt` has no place for the text.
+    """
+    max_length, prompt = resolve_max_length(parameters, limit), parameters.prompt
+    if prompt is not None and prompt.count(TEXT_FIELD) != 1:
+        raise ValueError(
+            f"Got prompt={prompt!r}. Wanted: a template with one {TEXT_FIELD}, the place of the "
+            f"text, e.g. {TEXT_FIELD + chr(10) + 'Label:'!r}."
+        )
+    return TextSettings(max_length, parameters.truncation, parameters.stride, prompt)
