@@ -1,5 +1,6 @@
 """Fine-tune a 4-bit language model for text classification behind one scikit-learn estimator."""
 
+from skqlora._utils.version import __version__ as __version__
 from skqlora.classifier import QLoRAClassifier
 from skqlora.display import LossCurveDisplay
 from skqlora.estimate import estimate_memory
@@ -14,5 +15,3 @@ __all__ = [
     "estimate_memory",
     "show_versions",
 ]
-
-__version__ = "0.1.0.dev0"

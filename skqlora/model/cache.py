@@ -222,7 +222,7 @@ def drop_other_backbones(spec: "BackboneSpec") -> None:
     _free_memory()
 
 
-def clear_backbone_cache():
+def clear_backbone_cache() -> None:
     """Forget the bases that this process keeps, their replicas, tokenizers and tokenized texts.
 
     And the hidden states of texts that fits with `layers` keep for later ones.
@@ -235,7 +235,7 @@ def clear_backbone_cache():
         _cache.clear()
 
 
-def backbone_cache_info():
+def backbone_cache_info() -> BackboneCacheInfo:
     """Tell how often bases were found and loaded in this process, and what they take.
 
     Returns

@@ -4,6 +4,7 @@ Knows nothing of what the parameters are for.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ class FlatParameters:
         assert self.leaf.grad is not None
         return self.leaf.grad
 
-    def _view(self, flat, name: str):
+    def _view(self, flat: Any, name: str) -> Any:
         """Part of a flat tensor or array that holds a parameter, in its shape."""
         first, shape = self._slots[name]
         return flat[first : first + int(np.prod(shape))].reshape(shape)

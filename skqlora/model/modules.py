@@ -4,6 +4,7 @@ Knows nothing of adapters.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class NoRandomInit(TorchFunctionMode):
     user's.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in RANDOM_FILLS:  # of torch.Tensor or torch.nn.init

@@ -88,7 +88,7 @@ class TextClassifierModel(nn.Module):
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Compute what the head is given: one float32 vector a text, of shape (b, d)."""
         with self.backbone.autocast():
-            # Each adapted linear layer computes y = dequantize(W) x + scaling * B A dropout(x): W is
+            # Each adapted linear layer computes dequantize(W) x + scaling * B A dropout(x): W is
             # frozen and has 4 bits, A and B are trained in float32. See lora_layer.py.
             output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
             if self.pooling == "pooler":  # a trained layer over the first token, as BERT's

@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from skqlora._utils.libraries import import_libraries
+from skqlora._utils.version import __version__
 from skqlora.adapter import Fitted
 from skqlora.persistence.folders import find_aside, written_folder
 from skqlora.persistence.model_card import model_card
@@ -36,8 +37,6 @@ def save(
         Where the model card says to load from.
     overwrite : bool, default=False
     """
-    from skqlora import __version__
-
     check_is_fitted(estimator)
     import_libraries()  # PEFT writes its own configuration
     parameters, fitted = estimator.get_params(deep=False), estimator._get_fitted()

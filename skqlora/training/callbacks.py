@@ -3,6 +3,7 @@
 Knows nothing of models.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from sklearn.base import BaseEstimator
@@ -16,7 +17,7 @@ except ImportError:  # scikit-learn < 1.9: `set_callbacks` is not offered
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """A base class that adds nothing."""
 
-    def with_callbacks(method):
+    def with_callbacks(method: Callable) -> Callable:
         """Return the method."""
         return method
 

@@ -21,6 +21,7 @@ import joblib
 import numpy as np
 import safetensors.numpy
 
+from skqlora._utils.version import __version__
 from skqlora.adapter import AdapterState, TrainerState
 from skqlora.persistence.folders import written_folder
 from skqlora.persistence.saved_format import (
@@ -118,7 +119,6 @@ class Checkpoints:
     """
 
     def __init__(self, params: Mapping[str, Any], identity: Any, n_threads: int):
-        from skqlora import __version__
         from skqlora._utils.processes import lock_of_machine  # loads torch
 
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}

@@ -1,8 +1,9 @@
 """Activation checkpointing: activations that are computed again instead of kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +37,7 @@ def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
         yield
 
 
-def _checkpointed(forward, *args, **kwargs):
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(
         partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
     )
