@@ -1,4 +1,4 @@
-"""What a fitted estimator keeps: plain data, so that unpickling one does not even load torch."""
+"""The plain data that a fitted estimator keeps, so that unpickling one does not even load torch."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,10 @@ from skqlora.settings.settings import Settings
 
 @dataclass(frozen=True, repr=False)
 class AdapterState:
-    """What a fit leaves behind: everything that is not in the base.
+    """The result of a fit: everything that is not in the base.
 
-    Nothing of it may be changed, since a base may still hold a copy: its arrays are read-only.
+    Its arrays are read-only and nothing else in it may be changed either, because a base may still
+    hold a copy of it.
 
     Attributes
     ----------
@@ -23,13 +24,14 @@ class AdapterState:
     pooling : {"last", "mean", "cls", "pooler"}
     text : TextSettings
     model, revision : str or None
-        The base's name where it was trained, and the commit if it came from the Hub.
+        The name of the base where the adapter was trained, and its commit if it came from the Hub.
     fingerprint, tokenizer_fingerprint : str
-        Of the base and of the tokenizer that the adapter was trained with.
+        The fingerprints of the base and of the tokenizer that the adapter was trained with.
     lora_tensors : dict of str to ndarray
-        float32, by parameter name in the base.
+        The float32 tensors of LoRA, by the names of the parameters in the base.
     head_tensors : dict of str to ndarray
-        float32; "weight" of shape (n_classes, hidden_size) and, but for "last", "bias".
+        The float32 tensors of the head: "weight" of shape (n_classes, hidden_size) and, unless
+        `pooling` is "last", "bias".
     """
 
     lora: LoraSettings
@@ -53,23 +55,24 @@ class AdapterState:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.__post_init__()  # a pickle forgets the flags
+        self.__post_init__()  # a pickle does not keep the read-only flags
 
 
 @dataclass(frozen=True, repr=False)
 class OptimizerState:
-    """Where an optimizer stands, for training that goes on later.
+    """The state of an optimizer, for training that continues later.
 
     Attributes
     ----------
     optim : str
-        Of which kind it is.
+        The kind of the optimizer.
     n_updates : int
-        Updates so far.
+        The number of updates so far.
     schedule_step : int
-        Where the schedule of the rates is: behind, if float16 overflowed in an update.
+        The step of the schedule of the learning rates. It is behind `n_updates` if float16
+        overflowed in an update.
     states : list of dict of str to ndarray or float
-        Moments, for each tensor that it updates.
+        The moments of each tensor that the optimizer updates.
     """
 
     optim: str
@@ -83,23 +86,24 @@ class OptimizerState:
 
 @dataclass(frozen=True, repr=False)
 class TrainerState:
-    """Where a training stands between two updates.
+    """The state of a training between two updates.
 
     Attributes
     ----------
     values : list of ndarray
-        float32: the flat buffers of LoRA and, last, of the head.
+        The float32 values in the flat buffers of LoRA and, as the last one, of the head.
     optimizer : OptimizerState
     n_epochs : int
-        Epochs that are over.
+        The number of epochs that are over.
     micro_tokens : int
-        Greatest size of a forward pass: smaller, after one ran out of memory.
+        The greatest padded size of a forward pass, in tokens. It becomes smaller when a pass runs
+        out of memory.
     epoch_losses : ndarray of shape (n_updates_of_this_epoch,)
-        float32, of all ranks.
+        The losses of this epoch's updates, summed over all ranks, in float32.
     order : dict
-        Of `numpy.random.RandomState.get_state`, when the epoch began.
+        The result of `numpy.random.RandomState.get_state` when the epoch began.
     scaler : dict
-        Of `torch.amp.GradScaler.state_dict`.
+        The result of `torch.amp.GradScaler.state_dict`.
     """
 
     values: list[np.ndarray]
@@ -113,16 +117,16 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Size of a base in memory and of what is trained on it.
+    """The size of a base in memory and of what is trained on it.
 
     Attributes
     ----------
     quantized_parameters, quantized_bytes : int
-        Of the 4-bit layers, quantization constants included.
+        The size of the 4-bit layers, including the quantization constants.
     other_parameters, other_bytes : int
-        Of what is not quantized: embeddings and norms, or everything.
+        The size of what is not quantized: embeddings and norms, or everything.
     trainable_parameters : int
-        Of the adapter and the head, which are float32.
+        The number of parameters of the adapter and the head, which are float32.
     """
 
     quantized_parameters: int
@@ -133,7 +137,7 @@ class Footprint:
 
     @property
     def bits_per_quantized_parameter(self) -> float:
-        """Bits of a quantized parameter, or NaN if there is none.
+        """The number of bits of a quantized parameter, or NaN if there is none.
 
         QLoRA (arXiv 2305.14314, section 3) derives 4.127 for NF4 with double quantization.
         """
@@ -141,7 +145,7 @@ class Footprint:
 
     @property
     def trainable_share(self) -> float:
-        """Trained parameters over those of the base."""
+        """The number of trained parameters divided by that of the base's parameters."""
         return self.trainable_parameters / (self.quantized_parameters + self.other_parameters)
 
     def __str__(self) -> str:
@@ -164,7 +168,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit leaves on its estimator, in the names of the attributes without the underscore.
+    """The attributes that a fit sets on its estimator, named without their underscore.
 
     They are set all at once at the end of a fit, so a fit that fails leaves an older one whole.
     """
@@ -184,12 +188,12 @@ class Fitted:
 
 
 def check_shapes(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that the tensors of an adapter have the names and shapes that a base wants.
+    """Check that the tensors of an adapter have the names and shapes that a base requires.
 
     Raises
     ------
     ValueError
-        If one is missing, is one too many, or has another shape.
+        If a tensor is missing, is unknown to the base, or has another shape.
     """
     for name in shapes.keys() | tensors.keys():
         found = tensors[name].shape if name in tensors else None

@@ -1,4 +1,4 @@
-"""What every estimator of this package does, whatever it predicts: save, load, export, compute."""
+"""The methods that every estimator of this package has: they save, load, export and compute."""
 
 import os
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_n
 class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     """Base class of estimators that fine-tune a 4-bit language model.
 
-    A fitted one is its parameters and an adapter. The base model belongs to the process, which
-    loads it at the first `fit` or `predict`.
+    A fitted estimator consists of its parameters and an adapter. The base model belongs to the
+    process, which loads it at the first `fit` or `predict`.
     """
 
     _doc_link_module = "skqlora"
@@ -39,18 +39,18 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the fitted estimator to a folder, without the base and without pickle.
 
-        The folder holds JSON and safetensors: parameters, classes, adapter and head. The adapter
-        has the names that PEFT gives it, so that
+        The folder holds the parameters, the classes, the adapter and the head as JSON and
+        safetensors. The adapter's tensors have the names that PEFT gives them, so that
         ``PeftModel.from_pretrained(AutoModel.from_pretrained(model), path)`` computes its hidden
-        states. If the process is killed, the folder is what it was before, or it is the whole new
-        one.
+        states. If the process is killed, the folder is either as it was before, or complete and
+        new.
 
         Parameters
         ----------
         path : str or path
             A folder that does not exist yet, or is empty.
         overwrite : bool, default=False
-            Replace a folder that `save` wrote.
+            Whether to replace a folder that `save` wrote.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         path : str or path
             A folder, or the id of a repository of the Hugging Face Hub.
         revision : str, default=None
-            Branch, tag or commit on the Hub.
+            The branch, tag or commit on the Hub.
 
         Returns
         -------
@@ -84,22 +84,23 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         ValueError
             If a file is damaged, or was written by a newer version. The message names the file.
         OSError
-            If there is no such folder or repository, or a file is missing.
+            If there is no such folder or repository, or if a file is missing.
         """
         return saving.load(cls, path, revision)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Write the fitted estimator to a repository of the Hugging Face Hub, as `save` does.
 
-        `load` reads it from there. Log in first: ``hf auth login``. Everyone who reads it needs the
-        base. If `model` is a folder, its path is what they get to see, and a warning says so.
+        `load` reads it from there. Log in first: ``hf auth login``. Everyone who loads the
+        estimator needs the base. If `model` is a folder, its path becomes public, and a warning
+        says so.
 
         Parameters
         ----------
         repo_id : str
-            "name" or "organisation/name". It is made if it does not exist.
+            The repository, "name" or "organisation/name". It is created if it does not exist.
         private : bool, default=None
-            Whether a new repository is private. None leaves that to the organisation's settings.
+            Whether a new repository is private. None leaves this to the organisation's settings.
 
         Returns
         -------
@@ -109,16 +110,16 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         Raises
         ------
         huggingface_hub.errors.HfHubHTTPError, OfflineModeIsEnabled
-            If the Hub refuses, or cannot be reached.
+            If the Hub refuses the upload or cannot be reached.
         """
         return saving.push_to_hub(self, repo_id, private=private)
 
     def to_peft(self, path: str | os.PathLike) -> None:
-        """Write the adapter with its head as PEFT writes one for sequence classification.
+        """Write the adapter and its head in PEFT's format for sequence classification.
 
         ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=n_classes)`` loads
-        it. The logits are the same on the same base: for a 4-bit one pass the
-        `quantization_config`, with the head in its `llm_int8_skip_modules`.
+        it. The logits are the same if the base is the same: for a 4-bit base, pass its
+        `quantization_config` with the head in `llm_int8_skip_modules`.
 
         Parameters
         ----------
@@ -148,20 +149,20 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         multilabel: bool = False,
         **parameters: Any,
     ) -> Self:
-        """Make a fitted classifier of an adapter that PEFT or TRL trained.
+        """Make a fitted classifier from an adapter that PEFT or TRL trained.
 
         Parameters
         ----------
         path : str or path
-            A folder that ``PeftModel.save_pretrained`` wrote for a decoder, or an encoder of the
-            family of BERT, for sequence classification; or its repository on the Hub.
+            A folder that ``PeftModel.save_pretrained`` wrote for a decoder or for an encoder of the
+            BERT family, for sequence classification, or its repository on the Hub.
         classes : array-like of shape (n_classes,), default=None
-            The labels in the order of the head's rows, which are put in that of `classes_`. None
-            numbers them.
+            The labels in the order of the head's rows. The rows are then sorted like `classes_`.
+            None numbers the rows.
         multilabel : bool, default=False
             Whether a text has any number of labels.
         **parameters : dict
-            Parameters of the classifier, instead of what the adapter says, e.g. `model`, or
+            The parameters of the classifier that replace those of the adapter, e.g. `model`, or
             ``quantization=None`` for an adapter that was trained on a 16-bit base.
 
         Returns
@@ -172,8 +173,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If it is another kind of adapter, has another head than a linear layer, or does not fit
-            the base. The message names what.
+            If the adapter is of another kind, if its head is not a linear layer, or if it does not
+            fit the base. The message names the mismatch.
         """
         import_libraries()
         from skqlora.persistence.exporting import read_peft
@@ -187,20 +188,21 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         """Make a Transformers model and its tokenizer that predict the same.
 
         ``pipeline("text-classification", model=model, tokenizer=tokenizer)`` runs them. The weights
-        are those of the base, dequantized in float32, plus the adapter: 4 bytes each, on the CPU.
+        are those of the base, dequantized to float32, plus the adapter. They take 4 bytes each and
+        are on the CPU.
 
         Returns
         -------
         model : transformers.PreTrainedModel
             A model of `AutoModelForSequenceClassification`, with the classes in `config.id2label`.
         tokenizer : transformers.PreTrainedTokenizerBase
-            It pads on the right, and cuts at the same length where truncation is asked for.
+            The tokenizer. It pads on the right, and with truncation it cuts at the same length.
 
         Raises
         ------
         ValueError
-            If Transformers has no class for this base with this pooling. It has for most decoders,
-            and for BERT and ALBERT with ``pooling="pooler"``.
+            If Transformers has no class for this base with this pooling. It has one for most
+            decoders, and for BERT and ALBERT with ``pooling="pooler"``.
         """
         check_is_fitted(self)
         import_libraries()
@@ -211,20 +213,20 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def merge(self, path: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Write the model of `to_transformers` and its tokenizer to a folder.
 
-        The adapter is never merged into the 16-bit weights, which it did not see, and the result is
-        not quantized again.
+        The adapter is never merged into the 16-bit weights, because it was not trained on them, and
+        the result is not quantized again.
 
         Parameters
         ----------
         path : str or path
             A folder that does not exist yet, or is empty.
         dtype : {"float32", "bfloat16", "float16"}, default="float32"
-            The precision that the weights are rounded to. float32 keeps the probabilities.
+            The precision to which the weights are rounded. float32 keeps the probabilities.
 
         Raises
         ------
         ValueError
-            For another `dtype`, or as `to_transformers`.
+            If `dtype` is another one, or if `to_transformers` would raise it.
         OSError
             If something else is at `path`, or it cannot be written.
         """
@@ -244,7 +246,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         import_libraries()
         from skqlora.model.prediction import PREDICTION_CHUNK, compute_logits
 
-        if isinstance(X, Iterator):  # of which only a chunk is held at a time
+        if isinstance(X, Iterator):  # only a chunk of it is held at a time
             chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
             logits = [self._compute_logits(chunk) for chunk in chunks]
             return np.concatenate(logits or [self._compute_logits([])])
@@ -252,11 +254,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         return compute_logits(self._typed_parameters, self.adapter_, texts)
 
     def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
-        """Turn `X` into texts; `reset` says whether what is seen in it is to be remembered."""
+        """Turn `X` into texts; `reset` says whether to remember what is seen in it."""
         return check_texts(X, name)
 
     def _set_fitted(self, fitted: Fitted) -> None:
-        """Set everything that a fit leaves, all at once: a failure leaves an older fit whole."""
+        """Set all attributes of a fit at once, so that a failed fit leaves an older one whole."""
         self.classes_ = fitted.classes
         self.multilabel_ = fitted.multilabel
         self.adapter_ = fitted.adapter
@@ -271,7 +273,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         self._random_seed = fitted.random_seed
 
     def _get_fitted(self) -> Fitted:
-        """Return what `_set_fitted` has set."""
+        """Return the attributes that `_set_fitted` has set."""
         return Fitted(
             classes=self.classes_,
             multilabel=self.multilabel_,
@@ -294,14 +296,14 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def _check_validation(
         self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any
     ) -> LabelledTexts | None:
-        """Check what early stopping scores as what is trained on."""
+        """Check what early stopping scores in the same way as what is trained on."""
         if not is_validation_given(X_val, y_val, sample_weight_val, self.early_stopping):
             return None
         texts = self._check_texts(X_val, reset=False, name="X_val")
         return check_validation(texts, y_val, sample_weight_val, training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave callbacks out of a fitted estimator; on the way to a worker they are needed."""
+        """Leave the callbacks out of a fitted estimator; a worker that is to fit one needs them."""
         state = super().__getstate__()
         if "adapter_" in state:
             state = {key: value for key, value in state.items() if key not in CALLBACK_ATTRIBUTES}

@@ -17,118 +17,117 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     r"""Text classifier that fine-tunes a 4-bit language model with QLoRA.
 
     `fit` loads the model in 4-bit NF4 with double quantization, adds low-rank adapters (LoRA) to
-    every linear layer, trains them and a linear head with paged AdamW, and keeps only those. This
-    is QLoRA [1]_ behind the interface of scikit-learn.
+    every linear layer, and trains them together with a linear head, using paged AdamW. Only the
+    adapters and the head are kept. This is QLoRA [1]_ behind the interface of scikit-learn.
 
     Parameters
     ----------
     model : str or path, default="Qwen/Qwen3-0.6B-Base"
-        The model to fine-tune: an id of the Hugging Face Hub or a local folder. It is a text
-        encoder (BERT, RoBERTa, DeBERTa, ModernBERT ...) or a decoder (Llama, Qwen, Mistral, Gemma,
-        Phi, GPT-2 ...).
+        The id of a model on the Hugging Face Hub, or a local folder: a text encoder (BERT, RoBERTa,
+        DeBERTa, ModernBERT ...) or a decoder (Llama, Qwen, Mistral, Gemma, Phi, GPT-2 ...).
     revision : str, default=None
         The branch, tag or commit of the model on the Hub.
     quantization : {"nf4", "fp4"} or None, default="nf4"
-        The 4-bit data type of the frozen base model. None keeps the base in `compute_dtype`: that
-        is plain LoRA, for comparison.
+        The 4-bit data type of the base, i.e. of the frozen model. None keeps the base in
+        `compute_dtype`, which is plain LoRA, for comparison.
     double_quant : bool, default=True
-        Whether the quantization constants are quantized too, which saves 0.37 bits a parameter.
+        Whether the quantization constants are quantized too, which saves 0.37 bits per parameter.
     compute_dtype : {"auto", "bfloat16", "float16", "float32"}, default="auto"
         The precision of the products with the base's weights. "auto" is bfloat16 where the hardware
         multiplies it. The adapter and the head are always float32.
     device : str, default="auto"
-        A torch device, such as "cuda:1". "auto" takes CUDA, then XPU, then the CPU. If the base
-        does not fit on the first of several GPUs, "auto" spreads its layers over them, and the GPUs
-        compute one after the other.
+        The torch device, such as "cuda:1". "auto" takes the first available one of CUDA, XPU and
+        the CPU. If the base does not fit on the first of several GPUs, "auto" spreads its layers
+        over them, and the GPUs compute one after the other.
     attn_implementation : str, default=None
         The attention kernel, by its name in transformers: "sdpa", "eager", "flash_attention_2" ...
         None leaves the choice to transformers.
     lora_r : int, default=16
         The rank of the adapters.
     lora_alpha : float, default=16
-        LoRA's output is multiplied by `lora_alpha / lora_r`.
+        The scale of the adapters: their output is multiplied by `lora_alpha / lora_r`.
     lora_dropout : float, default=0.05
-        The share of LoRA's input features that is dropped in training. One mask is drawn for each
-        text and layer. The base's own dropout is off.
+        The share of the adapters' input features that is dropped in training. One mask is drawn for
+        each text and layer. The base's own dropout is off.
     target_modules : "all-linear", str or list of str, default="all-linear"
         The linear layers that get an adapter: all of them, those whose name matches a regular
-        expression, or those whose name ends with one of a list.
+        expression, or those whose name ends with an entry of a list.
     layers : "all", int or list of int, default="all"
-        The model's layers that get adapters: all of them, that many at the end, or those with these
-        numbers. A few at the end train faster, because no gradient passes through the ones before.
+        The model's layers that get adapters: all, as many at the end as an int says, or those with
+        numbers in a list. A few at the end train faster: no gradient passes through those before.
     cache_dtype : "auto", "bfloat16" or None, default="auto"
-        The layers before the first adapted one are computed once for each text instead of once an
-        epoch. Their output is kept in this precision; "auto" is their own. It is kept in a tenth of
-        the free memory, for later fits too, and otherwise in a temporary file. None keeps nothing,
-        and neither do fits of one epoch.
+        The precision for keeping the output of the layers before the first adapted one, which is
+        then computed once for each text instead of once an epoch. "auto" is the output's own. The
+        output is kept in at most a tenth of the free memory, for later fits too, and otherwise in a
+        temporary file. None keeps nothing, and neither do fits of one epoch.
     use_rslora : bool, default=False
         Whether LoRA's output is multiplied by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False
-        Whether the magnitudes of the weights are learned apart from their directions (DoRA, arXiv
-        2402.09353). This is slower.
+        Whether the magnitudes of the weights are learned separately from their directions (DoRA,
+        arXiv 2402.09353). This is slower.
     init_lora_weights : True or "gaussian", default=True
-        The first values of LoRA's A: Kaiming uniform or Gaussian. B starts at zero.
+        The initial values of LoRA's matrix A: Kaiming uniform, or Gaussian. B starts at zero.
     init_head_weights : {"normal", "probe", "class_names"}, default="normal"
-        The first values of the head. "normal" draws small random numbers. "probe" fits a logistic
-        regression to what the untrained model makes of the training texts (arXiv 2202.10054), which
-        costs a prediction of them; `partial_fit` draws random numbers instead. "class_names" is for
-        decoders and labels that are words: the head starts with the output embeddings of these
-        words, so that the model begins with its own guess at what follows `prompt`, without the
-        bias, scale or cap that some families put on their logits.
+        The initial values of the head. "normal" draws small random numbers. "probe" fits a logistic
+        regression to the vectors that the untrained model computes from the training texts (arXiv
+        2202.10054), which costs one prediction of these texts; `partial_fit` draws random numbers
+        instead. "class_names" is for decoders and labels that are words: the head starts with the
+        output embeddings of these words, so that the model begins with its own guess at what
+        follows `prompt`, without the bias, scale or cap that some families put on their logits.
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
-        How the hidden states of a text become one vector. "auto" takes the last token of a decoder
-        and the mean over the tokens of an encoder.
+        The way in which the hidden states of a text become one vector. "auto" takes the last token
+        of a decoder and the mean over the tokens of an encoder.
     max_length : int or "auto", default="auto"
-        The greatest number of tokens of a text, special tokens and those of `prompt` included.
-        "auto" is 512, or less if the model takes less.
+        The greatest number of tokens of a text, including special tokens and those of `prompt`.
+        "auto" is 512, or the model's limit if that is less.
     truncation : {"head", "tail", "head+tail", "windows"}, default="head"
-        What is kept of a text that is too long: its head, its tail, or both, with a quarter of the
-        room for the head (arXiv 1905.05583). "windows" keeps all of it: each window is trained on
-        with the text's label and an equal part of its weight, and a prediction is the mean of the
-        windows' logits.
+        The part that is kept of a text that is too long: its head, its tail, or both, with a
+        quarter of the room for the head (arXiv 1905.05583). "windows" keeps all of it: training
+        uses each window with the text's label and an equal part of its weight, and a prediction is
+        the mean of the windows' logits.
     stride : int, default=0
         The number of tokens that a window shares with the one before: at most half of a window. The
         last window is as long as the others, so it may share more.
     prompt : str, default=None
-        A template with one ``{text}``, which each text is put into, such as ``"{text}\nLabel:"``.
-        The template itself is never cut. It is worth a try with decoders.
+        A template into which each text is put, in the place of its only ``{text}``, such as
+        ``"{text}\nLabel:"``. The template itself is never cut. It is worth a try with decoders.
     num_train_epochs : int or "auto", default="auto"
-        The number of passes over the training texts. "auto" makes as many as give 300 updates, but
-        at least 3 and at most 20.
+        The number of passes over the training texts. "auto" makes enough of them for 300 updates,
+        but at least 3 and at most 20.
     batch_size : int, default=16
-        The number of texts in one forward pass of training if they have the greatest length. With
-        `gradient_accumulation_steps` above 1, more short texts share a pass.
+        The number of texts in one forward pass of training if they all have the greatest length.
+        With `gradient_accumulation_steps` above 1, more short texts share a pass.
     gradient_accumulation_steps : int, default=1
-        The number of forward passes for one update. An update is made of `batch_size` times that
-        many texts; how the product is split changes only memory and time.
+        The number of forward passes for one update. An update uses this many times `batch_size`
+        texts. How the product is split changes only memory and time.
     gradient_checkpointing : "auto" or bool, default="auto"
         Whether activations are computed again instead of being kept. This takes less memory and
         about a third more time. "auto" does it if the fit would not fit into memory otherwise,
-        which `skqlora.estimate_memory` tells.
+        which `skqlora.estimate_memory` computes.
     learning_rate : float or "auto", default="auto"
-        The peak learning rate of LoRA. "auto" follows the width of the model: see Notes.
+        The peak learning rate of LoRA. "auto" depends on the width of the model: see Notes.
     head_learning_rate : float or "auto", default="auto"
         The peak learning rate of the head. "auto" is ten times that of LoRA.
     weight_decay : float, default=0.0
-        The share of each weight, times the learning rate, that an update takes off.
+        The weight decay: an update subtracts this share of each weight, times the learning rate.
     warmup_steps : int or float, default=0.1
-        The number of updates over which the learning rate rises from 0. A number below 1 is a share
+        The number of updates over which the learning rates rise from 0. A number below 1 is a share
         of all updates.
     lr_scheduler_type : str, default="linear"
         The course of the learning rates after the warm-up, as in `transformers.get_scheduler`:
         "linear", "cosine", "constant", "constant_with_warmup" or "inverse_sqrt".
     max_grad_norm : float or None, default=1.0
-        The L2 norm to which larger gradients are scaled down. None leaves them.
+        The L2 norm to which larger gradients are scaled down. None leaves them as they are.
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}, default="paged_adamw_32bit"
-        bitsandbytes' paged AdamW, whose state moves to the host when the GPU is full, or torch's.
+        The paged AdamW of bitsandbytes, whose state moves to the host if a GPU is full, or torch's.
     class_weight : dict, list of dict, "balanced" or None, default=None
         The weights of the classes, by label. A class that is left out has weight 1. For multilabel
         targets it is a list with a dict ``{0: weight, 1: weight}`` for each label. "balanced" is
-        ``n_texts / (n_classes * count)``. They are multiplied with `sample_weight`.
+        ``n_texts / (n_classes * count)``. The weights are multiplied with `sample_weight`.
     early_stopping : bool, default=False
         Whether held-out texts are scored after each epoch. The fit stops when the score no longer
         rises, and keeps the adapter of the best epoch, or the last of equally good ones. With
-        `warm_start` the start counts as an epoch. `class_weight` does not enter the score.
+        `warm_start` the adapter at the start counts as an epoch. The score ignores `class_weight`.
     validation_fraction : float, default=0.1
         The share of the texts that early stopping holds out, in the proportions of the classes,
         unless `fit` gets `X_val`. Each class keeps a text for training.
@@ -137,47 +136,47 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     tol : float, default=1e-4
         The least difference that counts as a rise of the score.
     scoring : str, callable or None, default=None
-        What early stopping scores with: the name of a scorer or a callable as in scikit-learn,
-        "loss" for the negative cross-entropy, or None for `score`. With few held-out texts "loss"
-        tells more. So do "f1_macro" and "average_precision" for multilabel targets, where `score`
-        wants all labels of a text right.
+        The score of early stopping: a scorer's name or a callable as in scikit-learn, "loss" for
+        the negative cross-entropy, or None for `score`. With few held-out texts "loss" says more.
+        So do "f1_macro" and "average_precision" with multilabel targets, where `score` counts a
+        text as right only if all its labels are.
     warm_start : bool, default=False
         Whether `fit` continues from the fitted adapter, with a new optimizer and schedule. The
-        classes must be the same. `n_iter_` and the curves continue too. Of the same texts the same
-        ones are held out.
+        classes must be the same. `n_iter_` and the curves continue too. If the texts are the same,
+        the same part of them is held out.
     checkpoint_dir : str or path, default=None
-        A folder in which `fit` writes how far it is, until it is done. After a kill, the same call
-        with an int as `random_state` resumes from there and comes to the same result: on a CPU bit
-        for bit, with the same number of threads.
+        A folder in which `fit` notes its progress until it is done. If the process is killed, the
+        same call with an int as `random_state` resumes from there and comes to the same result: on
+        a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
         The number of updates between two checkpoints. A checkpoint is three times as large as the
         adapter, and four times with early stopping.
     random_state : int, RandomState instance or None, default=None
-        The seed of the first values of adapter and head, of what is held out, of the order of the
-        texts and of dropout. The global random states are neither used nor changed, except that
-        None draws a seed from NumPy's.
+        The seed of the initial values of adapter and head, of the held-out texts, of the order of
+        the texts and of dropout. On a CPU the same seed and number of threads give the same weights
+        bit for bit. No global random state is used or changed, except that None draws from NumPy's.
     verbose : int, default=0
-        1 shows progress bars of the fit, and of downloading and loading a model.
+        The verbosity. 1 shows progress bars of the fit, and of downloading and loading a model.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels, sorted. For multilabel targets the numbers of their columns.
+        The labels, sorted. For multilabel targets these are the numbers of their columns.
     multilabel_ : bool
         Whether a text has any number of labels.
     adapter_ : AdapterState
         The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
     settings_ : Settings or None
-        What the fit did where a parameter is "auto": device, precision, greatest length, pooling,
-        epochs, learning rates and checkpointing. Printed, it is a table. None if the classifier was
-        made by `from_peft`, or read from a folder of an older version.
+        The choices of the fit where a parameter is "auto": device, precision, greatest length,
+        pooling, epochs, learning rates and checkpointing. Printing shows a table. It is None if the
+        classifier was made by `from_peft`, or read from a folder of an older version.
     n_iter_ : int
         The number of epochs trained, or of calls of `partial_fit`.
     n_samples_seen_ : int
         The number of texts trained on, in all calls of `partial_fit`.
     loss_curve_ : list of float, of length n_epochs
-        The mean training cross-entropy of each epoch, in nats, weighted as the training is.
+        The mean training cross-entropy of each epoch, in nats, weighted like the training.
     validation_scores_ : list of float, of length n_epochs, or None without early stopping
         The score of each epoch on the held-out texts, or NaN if there were none.
     best_validation_score_ : float, or None without early stopping
@@ -190,18 +189,16 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     Notes
     -----
     A process loads a base at the first `fit` or `predict` that needs it, and keeps it for all
-    estimators: see `skqlora.backbone_cache_info`. That costs the download from the Hub, then about
-    0.5 bytes of memory for each parameter in a linear layer and 2 (GPU) or 4 (CPU) for each in the
-    embeddings. Threads share the base; each worker process loads its own.
+    estimators: see `skqlora.backbone_cache_info`. This costs the download from the Hub, and then
+    about 0.5 bytes of memory for each parameter in a linear layer and 2 (GPU) or 4 (CPU) for each
+    in the embeddings. Threads share the base; each worker process loads its own.
 
-    Where `torch.distributed` has a process group (`torchrun`), all its processes must call `fit`
-    with the same texts. Each trains on its share of every batch, and all end with the same weights.
+    If `torch.distributed` has a process group (`torchrun`), all its processes must call `fit` with
+    the same texts. Each trains on its share of every batch, and all end with the same weights.
 
     ``learning_rate="auto"`` is half of ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for
     Qwen and 0.781 for other models, the fit of "LoRA Without Regret" [2]_ over Llama and Qwen
     models. The half was chosen by a sweep with one small encoder.
-
-    On a CPU, the same seed and number of threads give the same weights bit for bit.
 
     References
     ----------
@@ -327,12 +324,12 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
                 (n_texts, n_labels)
             The labels, of two classes or more; or a multilabel indicator of 0 and 1.
         sample_weight : array-like of shape (n_texts,), default=None
-            What each text counts in the loss. A text of weight 0 is left out.
+            The weight of each text in the loss. A text of weight 0 is left out.
         X_val, y_val : like `X` and `y`, default=None
-            What early stopping scores, instead of a part of `X`. Within a `Pipeline`,
-            ``transform_input=["X_val"]`` sends them through the steps before. scikit-learn's
-            searches cut whatever is as long as `X` into folds, so do not pass as many validation
-            texts as texts.
+            The texts and labels that early stopping scores, instead of a part of `X`. Within a
+            `Pipeline`, ``transform_input=["X_val"]`` sends the texts through the steps before. Do
+            not pass exactly as many as in `X` to one of scikit-learn's searches, which cut whatever
+            is as long as `X` into folds.
         sample_weight_val : array-like of shape (n_validation_texts,), default=None
             The weights of the validation texts in that score.
 
@@ -344,17 +341,17 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Raises
         ------
         ValueError, TypeError
-            For input or parameters that cannot work; before a model is loaded where that is
-            possible to tell.
+            If the input or the parameters cannot work. Where possible, this is checked before a
+            model is loaded.
         MemoryError
-            If not even the smallest passes would fit into memory. The message says what would take
-            how much; no model is loaded then.
+            If not even the smallest passes would fit into memory. The message lists what takes how
+            much, and no model is loaded.
         FloatingPointError
-            If the training diverges. The classifier is then that of the last epoch before, if there
-            is one: `n_iter_` says which.
+            If the training diverges. The classifier keeps the state of the last epoch before that,
+            if there is one: `n_iter_` is its number.
         RuntimeError
-            In a fork of a process that has computed on threads, and in two threads of one process
-            of a `torch.distributed` group.
+            If the process was forked from one that has computed on threads, or if two threads of
+            one process of a `torch.distributed` group fit at once.
         """
         self._validate_params()
         table = check_labelled_texts(self._check_texts(X, reset=True), y, sample_weight)
@@ -373,8 +370,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one epoch on one piece of the data, continuing from what was fitted before.
 
-        The optimizer continues too. The learning rates do not decay, since nobody knows how much
-        data is to come; a `warmup_steps` below 1 means no warm-up. Callbacks are not told.
+        The optimizer continues too. The learning rates do not decay, because the amount of data to
+        come is unknown. A `warmup_steps` below 1 means no warm-up. Callbacks are not called.
 
         Parameters
         ----------
@@ -384,10 +381,10 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
                 (n_texts, n_labels)
             The labels, all of them among `classes`.
         classes : array-like of shape (n_classes,), default=None
-            All labels that will come; for multilabel targets the numbers of the columns. They are
-            needed at the first call, and no other ones may be given later.
+            All labels that will come. For multilabel targets these are the numbers of the columns.
+            They are required at the first call, and later calls may not pass other ones.
         sample_weight : array-like of shape (n_texts,), default=None
-            What each text counts in the loss.
+            The weight of each text in the loss.
 
         Returns
         -------
@@ -397,8 +394,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Raises
         ------
         ValueError, TypeError
-            As `fit`; if `classes` is missing, or `y` has other ones; if `early_stopping` or
-            ``class_weight="balanced"`` is set, which would need all data at once.
+            If `fit` would raise it, if `classes` is missing or `y` has other labels, or if
+            `early_stopping` or ``class_weight="balanced"`` is set, which need all data at once.
         """
         self._validate_params()
         for name, value in [("early_stopping", True), ("class_weight", "balanced")]:
@@ -422,21 +419,21 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            The texts, or an iterator over them, of which some are held at a time.
+            The texts, or an iterator over them, which is read in chunks.
 
         Returns
         -------
         labels : ndarray of shape (n_texts,), or (n_texts, n_labels)
-            In the dtype of the labels that were fitted; a multilabel indicator of int.
+            The labels, in the dtype of the fitted ones, or a multilabel indicator of int.
 
         Raises
         ------
         sklearn.exceptions.NotFittedError
             If the classifier is not fitted.
         TypeError, ValueError
-            If `X` is not texts; if `model` is not the base that was fitted with, or is gone.
+            If `X` does not hold texts, or if `model` is not the base of the fit or is gone.
         RuntimeError
-            In a fork of a process that has computed on threads.
+            If the process was forked from one that has computed on threads.
         """
         logits = self._compute_logits(X)
         if self.multilabel_:
@@ -454,8 +451,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Returns
         -------
         probabilities : ndarray of shape (n_texts, n_classes)
-            The softmax of the logits, in the order of `classes_`. For multilabel targets the
-            sigmoid of each logit: the probability that the text has the label.
+            The softmax of the logits, in the order of `classes_`. For multilabel targets it is the
+            sigmoid of each logit, i.e. the probability that the text has the label.
         """
         logits = self._compute_logits(X)
         return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
@@ -471,7 +468,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Returns
         -------
         log_probabilities : ndarray of shape (n_texts, n_classes)
-            In the order of `classes_`.
+            The logarithms of the probabilities, in the order of `classes_`.
         """
         logits = self._compute_logits(X)
         return log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
@@ -487,8 +484,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Returns
         -------
         scores : ndarray of shape (n_texts, n_classes), or (n_texts,) for two classes
-            For two classes the second's logit less the first's, so that positive means
-            ``classes_[1]``.
+            The logits. For two classes it is the second's logit minus the first's, so that a
+            positive value means ``classes_[1]``.
         """
         logits = self._compute_logits(X)
         if logits.shape[1] == 2 and not self.multilabel_:

@@ -1,4 +1,4 @@
-"""The curves of a fit as a picture, in the style of scikit-learn's displays."""
+"""A plot of the curves of a fit, in the style of scikit-learn's displays."""
 
 from typing import Any
 
@@ -8,28 +8,31 @@ from sklearn.utils.validation import check_is_fitted
 
 
 class LossCurveDisplay:
-    """Training loss and validation score over the epochs of a fit.
+    """Plot of the training loss and the validation score over the epochs of a fit.
 
-    Best made by `from_estimator`.
+    It is best created with `from_estimator`.
 
     Parameters
     ----------
     loss_curve : list of float, of length n_epochs
-        Mean training cross-entropy of each epoch, in nats.
+        The mean training cross-entropy of each epoch, in nats.
     validation_scores : list of float, of length n_epochs, or None
-        Score of each epoch on held-out texts, or nan.
+        The score of each epoch on held-out texts, or NaN.
     name : str, default=None
-        Of the estimator, in the legend.
+        The name of the estimator in the legend.
 
     Attributes
     ----------
     ax_ : matplotlib.axes.Axes
-        With the loss.
+        The axes with the loss.
     score_ax_ : matplotlib.axes.Axes or None
-        With the validation score, over the same epochs and an axis on the right.
+        The axes with the validation score, over the same epochs and with the scale on the right.
     figure_ : matplotlib.figure.Figure
+        The figure that contains the axes.
     line_ : matplotlib.lines.Line2D
+        The curve of the loss.
     score_line_ : matplotlib.lines.Line2D or None
+        The curve of the validation score.
 
     Examples
     --------
@@ -51,26 +54,27 @@ class LossCurveDisplay:
         Parameters
         ----------
         estimator : QLoRAClassifier
-            Fitted.
+            The fitted classifier.
         ax : matplotlib.axes.Axes, default=None
-            To plot on, e.g. the `ax_` of another display. None makes a new figure.
+            The axes to plot on, e.g. the `ax_` of another display. None makes a new figure.
         name : str, default=None
-            In the legend. None is the name of the class.
+            The name in the legend. None takes the name of the class.
         **kwargs : dict
-            For `matplotlib.axes.Axes.plot`, of both lines.
+            The arguments of `matplotlib.axes.Axes.plot` for both lines.
 
         Returns
         -------
         display : LossCurveDisplay
+            The display with the plotted curves.
 
         Raises
         ------
         ImportError
-            Without matplotlib.
+            If matplotlib is not installed.
         sklearn.exceptions.NotFittedError
             If the classifier is not fitted.
         TypeError
-            If it is something else, e.g. a Pipeline.
+            If `estimator` is not a classifier with curves, e.g. if it is a Pipeline.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
@@ -92,16 +96,16 @@ class LossCurveDisplay:
         Parameters
         ----------
         ax : matplotlib.axes.Axes, default=None
-            To plot on. None makes a new figure.
+            The axes to plot on. None makes a new figure.
         name : str, default=None
-            In the legend, instead of the display's own.
+            The name in the legend. None takes the name of the display.
         **kwargs : dict
-            For `matplotlib.axes.Axes.plot`, of both lines.
+            The arguments of `matplotlib.axes.Axes.plot` for both lines.
 
         Returns
         -------
         display : LossCurveDisplay
-            Itself.
+            The display itself.
         """
         check_matplotlib_support(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
@@ -122,12 +126,12 @@ class LossCurveDisplay:
             style["label"] = f"{prefix}validation score"
             style = _validate_style_kwargs(style, kwargs)
             self.score_line_ = self.score_ax_.plot(epochs, self.validation_scores, **style)[0]
-            # An empty line of the left axes: one legend for both.
+            # An empty line on the left axes puts both curves into one legend.
             ax.plot([], [], **style)
             self.score_ax_.set_ylabel("Validation score")
         ax.set(xlabel="Epoch", ylabel="Training loss (nats)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        # Above the axes: with falling and rising curves no corner is free.
+        # The legend is above the axes, because falling and rising curves leave no corner free.
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         return self
 

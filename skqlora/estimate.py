@@ -1,4 +1,4 @@
-"""What a fit will take, for a user to ask before it."""
+"""The memory that a fit will take, estimated before the fit."""
 
 from numbers import Integral
 
@@ -11,42 +11,43 @@ from skqlora.classifier import QLoRAClassifier
 def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     """Estimate the memory that a fit takes at its peak, from the model's shapes alone.
 
-    Of the model only the configuration and the tokenizer are read, no weights, and the device need
-    not be there. It is what `fit` itself looks at before it loads a model.
+    Only the configuration and the tokenizer of the model are read, not its weights, and the device
+    need not be present. `fit` itself looks at such an estimate before it loads a model.
 
     Parameters
     ----------
     model : str or path-like, default="Qwen/Qwen3-0.6B-Base"
-        A Hub id or a local folder.
+        The id of a model on the Hub, or a local folder.
     n_classes : int, default=2
-        Outputs of the head: classes, or labels of a multilabel table.
+        The number of outputs of the head: classes, or labels of a multilabel table.
     **params
-        Parameters of `QLoRAClassifier`, with its defaults: those of an estimator are
-        ``**clf.get_params()``. Texts count as `max_length` tokens long, and `batch_size` of them
-        share a pass; on a CPU no more than 2,048 tokens do, which is faster, so that there only a
-        small `batch_size` matters. ``gradient_checkpointing="auto"`` counts as False here; `fit`
-        turns it on where that would not fit.
+        The parameters of `QLoRAClassifier`, with its defaults. Pass ``**clf.get_params()`` for
+        those of an estimator. Texts count as `max_length` tokens long, and `batch_size` of them
+        share a pass. On a CPU no more than 2,048 tokens do, because that is faster, so that there
+        only a small `batch_size` matters. ``gradient_checkpointing="auto"`` counts as False here;
+        `fit` turns it on if the fit would not fit into memory otherwise.
 
     Returns
     -------
     estimate : MemoryEstimate
-        Bytes: `base`, `adapter`, `gradients`, `optimizer`, `activations`, `workspace`, their
-        `total`, and `resident`, which leaves out an optimizer state that may be paged to the host.
-        Printed, a table. It is what tensors take. On a GPU the CUDA context comes on top, 0.3 to
-        0.6 GB; on a CPU what the process, its libraries and their caches take, 1 GB and more.
+        The numbers of bytes: `base`, `adapter`, `gradients`, `optimizer`, `activations`,
+        `workspace`, their `total`, and `resident`, which leaves out an optimizer state that may be
+        paged to the host. Printing the estimate shows a table. Only tensors are counted. On a GPU
+        the CUDA context adds 0.3 to 0.6 GB; on a CPU the process, its libraries and their caches
+        add 1 GB and more.
 
     Raises
     ------
     ValueError, TypeError
-        For a model or parameters that `fit` would refuse, too.
+        If `fit` would refuse the model or the parameters too.
     RuntimeError
-        If what the model does depends on values, so that shapes do not tell its memory.
+        If the model's computation depends on values, so that shapes do not determine its memory.
 
     Notes
     -----
     Packed weights and their constants are counted as bitsandbytes lays them out (QLoRA [1]_,
-    section 3), the adapter as PEFT does, the optimizer's moments by its kind. Activations are the
-    tensors that autograd keeps when the model, with its adapter, runs on torch's meta device.
+    section 3), the adapter as PEFT does, and the optimizer's moments by its kind. Activations are
+    the tensors that autograd keeps when the model, with its adapter, runs on torch's meta device.
 
     References
     ----------

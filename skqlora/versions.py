@@ -1,4 +1,4 @@
-"""The versions that matter, for reports of bugs."""
+"""The versions of the packages that matter in a bug report."""
 
 import importlib.metadata
 import platform
@@ -22,9 +22,9 @@ PACKAGES = (
 
 
 def show_versions() -> None:
-    """Print the versions of Python, of the packages that matter, and what torch computes on.
+    """Print the versions of Python and of the packages that matter, and what torch computes on.
 
-    To be pasted into a report, as that of `sklearn.show_versions`.
+    The output is to be pasted into a bug report, like that of `sklearn.show_versions`.
     """
     import torch
 

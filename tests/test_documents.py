@@ -101,7 +101,7 @@ def strings_of(tree):
 
 def test_quoted_messages_are_ours():
     """Each quotation, with names and numbers left open, is a string of the code."""
-    files = sorted((ROOT / "skqlora").glob("*.py"))
+    files = sorted((ROOT / "skqlora").rglob("*.py"))
     code = "\n".join(each for path in files for each in strings_of(ast.parse(path.read_text())))
     page = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text()
     quoted = re.findall(r'^\*\*"(.+?)"', page, re.MULTILINE)

@@ -1,1 +1,1 @@
-"""What every room needs: the libraries underneath, and the process around."""
+"""What every other part of the package needs: the libraries below it and the process around it."""

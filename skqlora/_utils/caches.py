@@ -1,4 +1,4 @@
-"""What this process keeps for later calls, wherever it is kept, and how all of it is forgotten."""
+"""A list of all caches that this process keeps for later calls, so that one call empties them."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ _clears: list[Callable[[], None]] = []
 
 
 def register_cache(clear: Callable[[], None]) -> None:
-    """Let `clear_caches` call a function that empties a cache."""
+    """Register a function that empties a cache, to be called by `clear_caches`."""
     _clears.append(clear)
 
 
@@ -19,7 +19,7 @@ def clear_caches() -> None:
 
 
 def registered_lru_cache(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
-    """Make a decorator like `functools.lru_cache`, whose cache `clear_caches` empties too."""
+    """Make a decorator like `functools.lru_cache` whose cache `clear_caches` empties too."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         cached = functools.lru_cache(maxsize=maxsize)(function)

@@ -1,4 +1,4 @@
-"""Holding back what the libraries print while they load, and nothing else."""
+"""Ways to silence what the libraries print while they load, and nothing else."""
 
 import functools
 import importlib
@@ -8,16 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("bitsandbytes", "huggingface_hub")  # beside transformers', which has a switch
+LOGGERS = ("bitsandbytes", "huggingface_hub")  # transformers' logger has a switch of its own
 
 # transformers and PEFT patch and set process-wide state while they build a model, such as torch's
-# default dtype and its initialisation functions: only one thread at a time may let them.
+# default dtype and its initialisation functions, so only one thread at a time may build one.
 library_lock = threading.RLock()
 
 
 @functools.cache
 def import_libraries() -> None:
-    """Import what computes, without what it prints; at the first call only."""
+    """Import the libraries that compute and silence them; only the first call does anything."""
     with muted():
         for name in ("torch", "transformers", "peft", "bitsandbytes"):
             importlib.import_module(name)
@@ -27,16 +27,16 @@ def import_libraries() -> None:
 def muted(*, progress_bars: bool = False) -> Iterator[None]:
     """Silence the notices and progress bars of the libraries, then restore them.
 
-    They speak through process-wide settings, so only one thread at a time is let in.
+    The settings that do this are process-wide, so only one thread at a time is let in.
 
     Parameters
     ----------
     progress_bars : bool, default=False
-        True lets these through: a download can take minutes.
+        Whether to show the progress bars all the same, since a download can take minutes.
     """
     from transformers.utils import logging as transformers_logging  # loads torch
 
-    # HF_HUB_DISABLE_PROGRESS_BARS settles the Hub's bars, which then warns at each attempt.
+    # HF_HUB_DISABLE_PROGRESS_BARS overrides calls that switch the Hub's bars, and each one warns.
     with library_lock, warnings.catch_warnings(), _restored():
         warnings.filterwarnings("ignore", message="Cannot (dis|en)able progress bars")
         for name in LOGGERS:

@@ -1,6 +1,6 @@
-"""What a process must know of others: the one that it was forked from, those on the same GPU.
+"""What a process must know about others: the one it was forked from, and those on the same GPU.
 
-Knows nothing of models.
+This module knows nothing about models.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-_threaded_process: int | None = None  # the process that has computed on several threads
+_threaded_process: int | None = None  # the id of the process that has computed on several threads
 _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU's UUID
 _lock = threading.Lock()
 
@@ -20,7 +20,7 @@ _lock = threading.Lock()
 def check_not_forked() -> None:
     """Refuse to compute in a fork of a process that has computed on several threads.
 
-    A fork copies none of the threads that the libraries' pools wait for, so it would hang.
+    A fork has none of the threads that the libraries' thread pools wait for, so it would hang.
 
     Raises
     ------
@@ -31,21 +31,22 @@ def check_not_forked() -> None:
     if _threaded_process not in (None, os.getpid()):
         raise RuntimeError(
             f"This process ({os.getpid()}) was forked from one ({_threaded_process}) in which a "
-            "QLoRAClassifier had computed on several threads, which a fork does not copy: it would "
-            "hang. Wanted: workers that start afresh. Take joblib's default backend 'loky' or "
-            "'threading' instead of 'multiprocessing', or the 'spawn' or 'forkserver' context of "
-            "multiprocessing."
+            "QLoRAClassifier had computed on several threads. A fork does not copy threads, so it "
+            "would hang. Wanted: workers that start afresh. Take joblib's default backend 'loky' "
+            "or 'threading' instead of 'multiprocessing', or the 'spawn' or 'forkserver' context "
+            "of multiprocessing."
         )
-    # A thread of Python's own may hold a lock at the moment of the fork, which then never opens.
+    # A Python thread may hold a lock at the moment of the fork, which the fork can never release.
     in_thread = threading.current_thread() is not threading.main_thread()
     if in_thread or torch.get_num_threads() > 1:
         _threaded_process = os.getpid()
 
 
 def warn_if_gpu_is_shared(device: torch.device) -> None:
-    """Warn, at a process's first base on a GPU, of another process of this package on it.
+    """Warn when a process loads its first base on a GPU where another process has one.
 
-    The first process holds a lock file of the GPU in the folder for temporary files until it ends.
+    The first process holds a lock file for the GPU, in the folder for temporary files, until it
+    ends.
     """
     if device.type == "cpu":
         return
@@ -58,17 +59,17 @@ def warn_if_gpu_is_shared(device: torch.device) -> None:
             _gpu_locks[uuid].acquire()
         except TimeoutError:
             warnings.warn(
-                f"Another process has loaded a base on {device} too: each holds one of its own, "
+                f"Another process has loaded a base on {device} too. Each process holds its own, "
                 "and they take turns at computing. Pass n_jobs=1, or take threads, which share one "
                 "(joblib.parallel_config(backend='threading')), or give each worker a GPU of its "
                 "own (CUDA_VISIBLE_DEVICES).",
                 stacklevel=2,
             )
-        except OSError:  # another user's file, or no folder to write to
+        except OSError:  # the file is another user's, or there is no folder to write to
             pass
 
 
 def lock_of_machine(name: str) -> FileLock:
-    """Make a lock that one process of this machine may hold: `acquire` raises TimeoutError."""
+    """Make a lock for one process of this machine; for others `acquire` raises TimeoutError."""
     path = Path(tempfile.gettempdir()) / f"skqlora-{name}.lock"
     return FileLock(path, timeout=0, thread_local=False)

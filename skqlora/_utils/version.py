@@ -1,3 +1,3 @@
-"""The version of this package, which files note that it writes."""
+"""The version of this package, which is also noted in the files that it writes."""
 
 __version__ = "0.1.0.dev0"

@@ -1,4 +1,4 @@
-"""How much memory a fit needs, told from shapes before a model is loaded.
+"""The memory that a fit needs, computed from shapes before a model is loaded.
 
-Knows nothing of texts or labels.
+This package works with numbers of tokens and classes, and never sees a text or a label.
 """

@@ -1,4 +1,4 @@
-"""How much memory a training takes, told from shapes before a model is loaded."""
+"""The memory that a training takes, computed from shapes before a model is loaded."""
 
 import math
 from dataclasses import dataclass
@@ -14,40 +14,45 @@ from skqlora.model.flat import PAGED_MIN_ELEMENTS
 from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 
-BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes': weights of a constant, constants of a second one
-STATE_BYTES = {  # of AdamW's two moments, for each trained value
+# In bitsandbytes 64 weights share a constant, and 256 constants share a second one.
+BLOCK, NESTED_BLOCK = 64, 256
+# The bytes of AdamW's two moments for each trained value.
+STATE_BYTES = {
     "paged_adamw_32bit": 8.0,
     "paged_adamw_8bit": 2 + 8 / NESTED_BLOCK,
     "adamw": 8.0,
 }
-CUBLAS_BYTES = 32 << 20  # torch's workspace for matrix products on Hopper GPUs; older ones take 8
-TRANSIENTS = 3  # of the widest activations, in a block's backward pass
+# The bytes of torch's workspace for matrix products on Hopper GPUs. Older GPUs take 8 MiB.
+CUBLAS_BYTES = 32 << 20
+# The number of tensors, as large as the widest activations, that a block's backward pass holds.
+TRANSIENTS = 3
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a fit takes at its peak, by what takes them.
+    """The bytes that a fit takes at its peak, by what takes them.
 
     Attributes
     ----------
     base : int
-        The frozen model.
+        The bytes of the frozen model.
     adapter : int
-        The adapter and the head, float32.
+        The bytes of the adapter and the head, which are float32.
     gradients : int
+        The bytes of the gradients of the adapter and the head.
     optimizer : int
-        AdamW's moments.
+        The bytes of AdamW's moments.
     activations : int
-        What a pass keeps for its backward pass.
+        The bytes that a forward pass keeps for its backward pass.
     workspace : int
-        One dequantized weight, dropout's masks of an update, and what a layer's backward pass holds
-        for a moment.
+        The bytes of one dequantized weight, of dropout's masks for an update, of what a layer's
+        backward pass holds for a moment, and on an accelerator of torch's own workspace.
     n_texts, n_tokens : int
-        Texts of a pass, and of each its tokens, padding included.
+        The number of texts in a pass, and the number of tokens in each, padding included.
     gradient_checkpointing : bool
-        Whether activations are computed again.
+        Whether activations are computed again in the backward pass instead of kept.
     optimizer_paged : bool
-        Whether the moments may go to the host's memory when the GPU's runs out.
+        Whether the moments may move to the host's memory when the GPU's memory runs out.
     """
 
     base: int
@@ -63,13 +68,13 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """The sum of all parts."""
         trained = self.adapter + self.gradients + self.optimizer
         return self.base + trained + self.activations + self.workspace
 
     @property
     def resident(self) -> int:
-        """Sum of all that cannot leave the device."""
+        """The sum of all parts that cannot leave the device."""
         return self.total - (self.optimizer if self.optimizer_paged else 0)
 
     def __str__(self) -> str:
@@ -104,28 +109,28 @@ def estimate_training(
     checkpointing: bool = False,
     batch_rows: int = 0,
 ) -> MemoryEstimate:
-    """Estimate what a training takes, from shapes alone.
+    """Estimate the memory that a training takes, from shapes alone.
 
-    Activations are those that autograd keeps of a forward pass on the meta device, so they hold
-    for the very architecture; attention is taken to be a fused kernel unless it is "eager".
+    The activations are those that autograd keeps of a forward pass on the meta device, so they hold
+    for the architecture at hand. Attention is assumed to be a fused kernel unless it is "eager".
 
     Parameters
     ----------
     skeleton : transformers.PreTrainedModel
         The model on the meta device.
     spec : BackboneSpec
-        Its device need not be there.
+        The specification of the base, whose device need not be on this machine.
     lora : LoraSettings
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}
     n_classes : int
     n_texts, n_tokens : int
-        Shape of the largest pass.
+        The shape of the largest pass.
     dropout : bool, default=False
-        Whether LoRA's dropout acts.
+        Whether LoRA's dropout is active.
     keep_pooler : bool, default=False
     checkpointing : bool, default=False
     batch_rows : int, default=0
-        Texts of an update, if more than of a pass.
+        The number of texts in an update, if an update has more texts than a pass.
 
     Returns
     -------
@@ -171,7 +176,7 @@ def estimate_training(
 
 
 def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
-    """Bytes of a loaded base: packed weights with their constants, and the rest as it is stored."""
+    """Count the bytes of a loaded base: packed weights with constants, and the rest as stored."""
     sizes: dict[Any, float] = {buffer: buffer.nbytes for buffer in skeleton.buffers()}
     for module in skeleton.modules():
         quantized = spec.quantization is not None and isinstance(module, nn.Linear | Conv1D)
@@ -186,7 +191,7 @@ def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
 
 
 def _packed_bytes(n_weights: int, double_quant: bool) -> int:
-    """Bytes of a 4-bit weight (Dettmers et al., arXiv 2305.14314, section 3)."""
+    """Compute the bytes of a 4-bit weight (Dettmers et al., arXiv 2305.14314, section 3)."""
     n_blocks = math.ceil(n_weights / BLOCK)
     constants = n_blocks + 4 * math.ceil(n_blocks / NESTED_BLOCK) if double_quant else 4 * n_blocks
     return math.ceil(n_weights / 2) + constants

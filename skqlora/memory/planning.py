@@ -13,25 +13,28 @@ from skqlora.settings.settings import resolve_max_length
 from skqlora.text.batches import largest_pass
 from skqlora.text.tokenization import load_tokenizer
 
-AUTO_SHARE = 0.9  # of the memory that is there; what would take more is checkpointed
-REFUSED_SHARE = 1.25  # of it; an estimate may be above what a fit takes by a quarter
+# The share of the free memory above which "auto" checkpoints a fit.
+AUTO_SHARE = 0.9
+# The share of the free memory above which a fit is refused. It is above 1 because an estimate may
+# exceed what a fit takes by a quarter.
+REFUSED_SHARE = 1.25
 
 
 @dataclass(frozen=True)
 class PlannedFit:
-    """A fit that has not begun: what its memory depends on.
+    """A fit that has not begun yet, with everything that its memory depends on.
 
     Attributes
     ----------
     parameters : Parameters
     spec : BackboneSpec
-        Its device need not be there.
+        The specification of the base, whose device need not be on this machine.
     skeleton : transformers.PreTrainedModel
         The model on the meta device.
     lora : LoraSettings
     n_classes : int
     n_tokens : int
-        Tokens of the longest text, padding included.
+        The number of tokens of the longest text, padding included.
     """
 
     parameters: Parameters
@@ -43,12 +46,12 @@ class PlannedFit:
 
     @property
     def n_texts(self) -> int:
-        """Number of the longest texts in the largest pass."""
+        """The number of texts in the largest pass, all as long as the longest text."""
         on_cpu = self.spec.device.type == "cpu"
         return largest_pass(self.parameters.batch_size, self.n_tokens, on_cpu=on_cpu)
 
     def estimate(self, *, checkpointing: bool, n_texts: int | None = None) -> MemoryEstimate:
-        """Estimate the memory of the fit at its peak, or with fewer texts in a pass."""
+        """Estimate the fit's memory at its peak, optionally with fewer texts in a pass."""
         parameters = self.parameters
         return estimate_training(
             self.skeleton,
@@ -66,12 +69,13 @@ class PlannedFit:
 
 
 def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:
-    """Estimate what a fit takes whose texts are as long as its parameters let them be.
+    """Estimate the memory of a fit whose texts are as long as its parameters allow.
 
     Parameters
     ----------
     parameters : Parameters
-        Their device need not be there; "auto" checkpointing counts as none.
+        The parameters of the fit. Their device need not be on this machine, and "auto"
+        checkpointing counts as none.
     n_classes : int
 
     Returns
@@ -88,29 +92,30 @@ def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:
 
 
 def fits(estimate: MemoryEstimate, free: float) -> bool:
-    """Tell whether so many free bytes are enough, with a little to spare."""
+    """Check whether the free bytes are enough for a fit, with a little to spare."""
     return estimate.resident <= AUTO_SHARE * free
 
 
 def choose_checkpointing(planned: PlannedFit, free: float) -> bool:
-    """Decide whether activations are computed again, and refuse a fit that cannot fit.
+    """Decide whether activations are computed again, and refuse a fit that is too large.
 
     Parameters
     ----------
     planned : PlannedFit
     free : float
-        The bytes of its device that there are for all of the training.
+        The bytes on its device that the whole training may take, a loaded base included.
 
     Returns
     -------
     checkpointing : bool
-        As the user asks for; "auto" only if the fit would not fit otherwise.
+        What the user asks for. "auto" becomes True only if the fit would not fit otherwise.
 
     Raises
     ------
     MemoryError
-        If it cannot fit even so: the estimate is a quarter above what there is. On a GPU the
-        estimate is of one text a pass, to which a training that runs out of memory goes down.
+        If the fit cannot fit even so, because its estimate is more than a quarter above `free`. On
+        a GPU this estimate is for one text in a pass, since a training that runs out of memory
+        reduces its passes down to this.
     """
     wanted, device = planned.parameters.gradient_checkpointing, planned.spec.device
     if fits(planned.estimate(checkpointing=wanted is True), free):

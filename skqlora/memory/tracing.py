@@ -1,7 +1,7 @@
-"""What a training keeps for its backward pass, told from a model without weights.
+"""What a training keeps for its backward pass, determined with a model without weights.
 
-The model runs on the meta device, where tensors have shapes and no values, and autograd tells what
-it would keep. Knows nothing of devices' sizes.
+The model runs on the meta device, where tensors have shapes but no values, and autograd reports
+what it would keep. This module knows nothing of the memory that a device has.
 """
 
 import copy
@@ -26,28 +26,29 @@ from skqlora.model.lora import ADAPTER, peft_config
 from skqlora.model.modules import drop_pooler
 from skqlora.settings.adapter_settings import LoraSettings
 
-# What autocast computes in the lower precision and in float32, of what transformers calls (torch's
-# "Automatic Mixed Precision" page lists all), by the names of the functions.
+# The names of the functions that autocast computes in the lower precision and in float32, as far as
+# transformers calls them. torch's "Automatic Mixed Precision" page lists all of them.
 LOWERED = ("linear", "matmul", "__matmul__", "bmm", "addmm", "baddbmm", "einsum", "conv1d")
 RAISED = ("layer_norm", "rms_norm", "softmax", "pow", "__pow__", "rsqrt", "exp", "sum", "cumsum")
 
 
 class UntraceableError(RuntimeError):
-    """A model's memory cannot be told from its shapes."""
+    """A model's memory cannot be determined from its shapes."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """In what the parts of a model are kept and computed.
+    """The dtypes in which the parts of a model are stored and computed.
 
     Attributes
     ----------
     storage : torch.dtype
-        Of what is not quantized.
+        The dtype of what is not quantized.
     compute : torch.dtype
-        Of the products with the base's weights.
+        The dtype of the products with the base's weights.
     quantized : bool
-        Whether those return to the precision of their input.
+        Whether the base is quantized, so that these products are cast back to the dtype of their
+        input.
     autocast : bool
         Whether autocast to `compute` is on.
     """
@@ -60,26 +61,27 @@ class Precision:
 
 @dataclass(frozen=True)
 class Trace:
-    """Sizes of a training's parts.
+    """The sizes of a training's parts.
 
     Attributes
     ----------
     kept : int
-        Bytes of activations that a pass keeps for its backward pass.
+        The bytes of activations that a pass keeps for its backward pass.
     kept_checkpointed : int or None
-        The same if blocks are computed again; None where the blocks cannot be told.
+        The same bytes if blocks are computed again, or None if the blocks cannot be identified.
     adapter_elements : int
-        Values of the adapter, with the gaps of its flat buffer.
+        The number of values in the adapter, including the gaps in its flat buffer.
     hidden_size : int
-        Features of a last hidden state.
+        The number of features of a last hidden state.
     widest : int
-        Greatest number of features of a linear layer's input or output.
+        The greatest number of features of a linear layer's input or output.
     largest_weight : int
-        Greatest number of elements of a linear layer's weight.
+        The greatest number of elements of a linear layer's weight.
     adapted_features : int
-        Inputs of all adapted layers, for each of which dropout has a mask.
+        The total number of input features of all adapted layers. Dropout's mask of a row has a
+        value for each of them.
     score_elements : int
-        Attention scores of a layer, where its kernel makes them; else 0.
+        The number of attention scores of a layer if its kernel stores them, otherwise 0.
     """
 
     kept: int
@@ -92,8 +94,8 @@ class Trace:
     score_elements: int
 
 
-@registered_lru_cache(maxsize=64)  # the folds and most candidates of a search are alike
-@torch.inference_mode(False)  # whatever the caller computes in
+@registered_lru_cache(maxsize=64)  # the folds and most candidates of a search share a trace
+@torch.inference_mode(False)  # even if the caller is in inference mode
 def trace_training(
     skeleton: PreTrainedModel,
     lora: LoraSettings,
@@ -109,14 +111,14 @@ def trace_training(
     Parameters
     ----------
     skeleton : transformers.PreTrainedModel
-        On the meta device; it is not changed.
+        The model on the meta device, which is not changed.
     lora : LoraSettings
     precision : Precision
     dropout : bool
-        Whether LoRA's dropout acts: each adapted layer then keeps an input of its own.
+        Whether LoRA's dropout is active. Each adapted layer then keeps an input of its own.
     keep_pooler : bool
     n_rows, n_tokens : int
-        Shape of the pass, padding included.
+        The shape of the pass, padding included.
 
     Returns
     -------
@@ -125,14 +127,14 @@ def trace_training(
     Raises
     ------
     UntraceableError
-        If what the model does depends on values.
+        If the computation of the model depends on values.
     """
     module = _adapted_skeleton(skeleton, lora, precision, keep_pooler=keep_pooler)
     adapted: list[Any] = [m for m in module.modules() if isinstance(m, LoraLayer)]
     if dropout:
         for layer in adapted:
             layer.lora_dropout[ADAPTER] = _Masked()
-            layer.training = True  # DoRA then computes the layer's own product once more
+            layer.training = True  # DoRA then computes the layer's own product a second time
     kept = _Kept([*module.parameters(), *module.buffers()])
     blocks = list(transformer_blocks(module) or ())
     by_block = [_BlockUse(block, kept) for block in blocks]
@@ -144,7 +146,7 @@ def trace_training(
             _Dataless(precision, padded=n_rows > 1),
         ):
             hidden = module(input_ids=ids, attention_mask=torch.empty_like(ids))[0]
-    except Exception as error:  # whatever a model does with values that are not there
+    except Exception as error:  # a model may fail in any way when it needs values
         raise UntraceableError(
             f"{type(module).__name__} cannot be run without values: {error}"
         ) from error
@@ -170,16 +172,17 @@ def trace_training(
 def _adapted_skeleton(
     skeleton: PreTrainedModel, lora: LoraSettings, precision: Precision, *, keep_pooler: bool
 ) -> PreTrainedModel:
-    """Copy a skeleton, in the dtypes that its base has, with an adapter."""
+    """Copy a skeleton, give the copy the dtypes of its base, and add an adapter."""
     module = copy.deepcopy(skeleton).eval().requires_grad_(False)
     nn.Module.to(module, precision.storage)
     module.config.use_cache = False
     if module.config._attn_implementation != "eager":
-        module.config._attn_implementation = "sdpa"  # the others keep as much
+        module.config._attn_implementation = "sdpa"  # the other kernels keep as much
     if not keep_pooler:
         drop_pooler(module)
     for layer in module.modules():
-        # A weight that autocast has to cast would be kept once more; a 4-bit one is not.
+        # Autograd would keep a second copy of a weight that autocast has to cast. There is no such
+        # copy of a 4-bit weight.
         if (weight := _matrix(layer)) is not None:
             weight.data = weight.data.to(precision.compute)
     with library_lock, torch.device("meta"):
@@ -194,7 +197,7 @@ def _count_scores(module: PreTrainedModel, n_rows: int, n_tokens: int) -> int:
 
 
 def _dense_bytes(adapted: list[Any], precision: Precision) -> int:
-    """Bytes of the 4-bit weights, dequantized: with dropout PEFT's DoRA has autograd keep them."""
+    """Count the bytes of the dequantized weights that PEFT's DoRA keeps if dropout is active."""
     if not precision.quantized:
         return 0
     itemsize = (precision.compute if precision.autocast else torch.float32).itemsize
@@ -210,10 +213,10 @@ def _unneeded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Kept:
-    """The storages that autograd keeps, each counted once, but for those that are there anyway."""
+    """The storages that autograd keeps, each counted once, except for those that exist anyway."""
 
     def __init__(self, there: Iterable[torch.Tensor]):
-        self._storages = {_key(tensor): tensor for tensor in there}  # alive, so that keys stay
+        self._storages = {_key(tensor): tensor for tensor in there}  # alive: keys stay unique
         self.nbytes = 0
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -228,7 +231,7 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 class _BlockUse:
-    """What is kept within a block, and the size of the hidden states that enter it, in bytes."""
+    """The bytes that are kept within a block, and those of the hidden states that enter it."""
 
     def __init__(self, block: nn.Module, kept: _Kept):
         self.input = self.kept = 0
@@ -246,17 +249,18 @@ class _BlockUse:
 
 
 class _Masked(nn.Module):
-    """Dropout by row, as far as its size goes."""
+    """A stand-in for `RowDropout` that keeps tensors of the same sizes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * x.new_empty([len(x), *[1] * (x.ndim - 2), x.shape[-1]])
 
 
 class _Dataless(TorchFunctionMode):
-    """Within it a model runs on the meta device as it does on a real one.
+    """A context in which a model runs on the meta device as it does on a real one.
 
-    What depends on values is decided as for a batch with padding, attention keeps what the fused
-    kernels keep, and autocast, which leaves the meta device alone, acts.
+    Decisions that depend on values are made as for a batch with padding, or without it if `padded`
+    is False. Attention keeps what the fused kernels keep. Autocast, which torch does not apply on
+    the meta device, is imitated.
     """
 
     def __init__(self, precision: Precision, *, padded: bool):
@@ -266,7 +270,7 @@ class _Dataless(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         precision = self._precision
-        if name == "__bool__":  # of "is nothing padded?"
+        if name == "__bool__":  # the model asks whether nothing is padded
             return not self._padded
         if name == "scaled_dot_product_attention":
             query, key, value = args[:3]
@@ -290,10 +294,11 @@ def _cast(args: tuple, dtype: torch.dtype) -> tuple:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what torch's fused attention kernels do: no scores.
+    """Attention that keeps what torch's fused kernels keep, which does not include the scores.
 
-    Those are of FlashAttention (Dao et al., arXiv 2205.14135, algorithm 2): queries, keys, values,
-    output, and the logarithm of each row's normaliser; and the mask as numbers.
+    FlashAttention (Dao et al., arXiv 2205.14135, algorithm 2) keeps the queries, keys, values and
+    output, and the logarithm of each row's normaliser. The mask is kept too, as numbers in the
+    dtype of the queries.
     """
 
     @staticmethod

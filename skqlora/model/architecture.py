@@ -1,4 +1,4 @@
-"""Which models can be adapted, told from their configuration before any weight is read."""
+"""The models that can be adapted, checked by their configuration before any weight is read."""
 
 import functools
 from dataclasses import dataclass
@@ -15,26 +15,27 @@ from transformers.utils.hub import extract_commit_hash
 
 from skqlora._utils.caches import registered_lru_cache
 
-# Rotary embeddings whose angles depend on the longest row of the batch once it passes the length
-# that the model was trained on, so that a text's result would depend on its neighbours.
+# The kinds of rotary embeddings whose angles depend on the longest row of the batch, once that row
+# is longer than the model was trained on. A text's result would then depend on its neighbours.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-UNQUANTIZED_SHARE = 0.02  # of the weights: what a 4-bit model may keep in odd layers
+# The share of its weights that a 4-bit model may keep in layers that cannot be quantized.
+UNQUANTIZED_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of a model before it is loaded.
+    """What is known about a model before it is loaded.
 
     Attributes
     ----------
     model_type : str
-        transformers' name of the family, e.g. "llama".
+        The name of the model's family in transformers, e.g. "llama".
     max_positions : int or None
-        Greatest number of tokens that the model takes; None where it sets no limit.
+        The greatest number of tokens that the model takes, or None if it sets no limit.
     vocab_size : int
-        Number of tokens that the model has an embedding of.
+        The number of tokens for which the model has an embedding.
     skeleton : transformers.PreTrainedModel
-        The model on the meta device: every shape and no weight. Never changed.
+        The model on the meta device, with every shape and no weight. It is never changed.
     """
 
     model_type: str
@@ -43,7 +44,7 @@ class Architecture:
     skeleton: PreTrainedModel
 
     def max_length(self, tokenizer_max_length: int) -> int:
-        """Greatest number of tokens of a text that the model and its tokenizer both take."""
+        """Return the greatest length of a text that the model and its tokenizer both take."""
         return min(self.max_positions or tokenizer_max_length, tokenizer_max_length)
 
 
@@ -56,22 +57,22 @@ def check_architecture(
     attn_implementation: str | None = None,
     files: tuple = (),
 ) -> Architecture:
-    """Read a model's configuration and refuse, by name, what this package cannot adapt.
+    """Read a model's configuration, and refuse by name a model that cannot be adapted.
 
-    Done once a process for each model that is not refused.
+    The result is kept in the process for each model that is not refused.
 
     Parameters
     ----------
     model : str
         A Hub id or a local folder.
     revision : str or None
-        Branch, tag or commit on the Hub.
+        The branch, tag or commit on the Hub.
     quantized : bool
         Whether the base is to be quantized.
     attn_implementation : str, optional
-        transformers' name of the attention kernel.
+        The name of the attention kernel in transformers.
     files : tuple, default=()
-        Of a local folder, so that a changed folder is read again.
+        The description of a local folder's files, so that a changed folder is read again.
 
     Returns
     -------
@@ -80,9 +81,9 @@ def check_architecture(
     Raises
     ------
     ValueError
-        If there is no configuration; for an encoder-decoder, a model of something else than text,
-        or an already quantized checkpoint; and for one that would stay unquantized in part, as a
-        mixture of experts.
+        If there is no configuration, or if the model is an encoder-decoder, takes something other
+        than text, cannot be built by transformers, is already quantized, or would stay unquantized
+        in part, as a mixture of experts would.
     """
     config = read_config(model, revision)
 
@@ -123,7 +124,7 @@ def check_architecture(
 
 
 def read_config(model: str, revision: str | None) -> PretrainedConfig:
-    """Read a model's configuration, or say by ValueError why that is not possible."""
+    """Read a model's configuration, or raise a ValueError that says why this is not possible."""
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise ValueError(
             f"model={model!r} is a folder without a config.json. Wanted: a folder that "
@@ -149,18 +150,19 @@ def read_config(model: str, revision: str | None) -> PretrainedConfig:
 
 
 def pin_revision(model: str, revision: str | None) -> str | None:
-    """Resolve a branch or tag of the Hub to the commit that it stands for, once a process.
+    """Resolve a branch or tag on the Hub to the commit that it stands for, once in a process.
 
     Parameters
     ----------
     model : str
-        An id of the Hub.
+        A Hub id.
     revision : str or None
 
     Returns
     -------
     revision : str or None
-        Unchanged where the Hub does not tell: what is wrong then shows when the model is read.
+        The commit, or the revision unchanged if the Hub gives no answer. What is wrong then shows
+        when the model is read.
     """
     try:
         return _commit_of(model, revision)
@@ -168,7 +170,7 @@ def pin_revision(model: str, revision: str | None) -> str | None:
         return revision
 
 
-@functools.lru_cache(maxsize=32)  # all folds of a search are to meet the same commit
+@functools.lru_cache(maxsize=32)  # all folds of a search must use the same commit
 def _commit_of(model: str, revision: str | None) -> str | None:
     file = cached_file(model, "config.json", revision=revision)
     return extract_commit_hash(file, None) or revision
@@ -177,16 +179,16 @@ def _commit_of(model: str, revision: str | None) -> str | None:
 def _reads_text(skeleton: PreTrainedModel) -> bool:
     try:
         embeddings = skeleton.get_input_embeddings()
-    except NotImplementedError:  # transformers found no such table
+    except NotImplementedError:  # transformers found no embeddings
         return False
     return skeleton.main_input_name == "input_ids" and isinstance(embeddings, nn.Embedding)
 
 
 def _unquantizable(skeleton: nn.Module) -> tuple[list[str], float]:
-    """Name the modules whose matrices stay unquantized, embeddings aside, and tell their share.
+    """Name the modules, except embeddings, whose matrices stay unquantized, and find their share.
 
-    transformers replaces `nn.Linear` and GPT-2's `Conv1D`, not what derives from them, nor the
-    stacks of matrices in which mixtures of experts keep their experts.
+    transformers replaces `nn.Linear` and GPT-2's `Conv1D` by quantized layers. It replaces neither
+    their subclasses nor the stacks of matrices in which mixtures of experts keep their experts.
     """
     kept = {
         parameter: type(module).__name__
@@ -212,13 +214,13 @@ def _max_positions(config: PretrainedConfig, skeleton: nn.Module) -> int | None:
 
 
 def _position_offset(skeleton: nn.Module) -> int:
-    """Rows at the start of RoBERTa's position table that no token uses."""
+    """Count the rows at the start of RoBERTa's position table that no token uses."""
     tables = [m for name, m in skeleton.named_modules() if name.endswith("position_embeddings")]
     padding = [getattr(table, "padding_idx", None) for table in tables]
     return max((index + 1 for index in padding if index is not None), default=0)
 
 
 def _rope_parameters(parameters: dict | None) -> list[dict]:
-    """One dict for each kind of layer; most models have one kind and nest nothing."""
+    """Return one dict for each kind of layer; most models have one kind and nest nothing."""
     nested = [value for value in (parameters or {}).values() if isinstance(value, dict)]
     return nested or [parameters or {}]

@@ -1,7 +1,7 @@
-"""The frozen 4-bit base: how it loads, what is found out about it, how it lends replicas.
+"""The frozen 4-bit base: how it is loaded and measured, and how it lends replicas.
 
-Knows nothing of texts, labels or training. A base is only ever read: an adapter goes onto a replica
-of its module tree, which shares every tensor with it.
+This module knows nothing of texts, labels or training. A base is only ever read. An adapter goes
+onto a replica of the base's module tree, which shares every tensor with the base.
 """
 
 import math
@@ -21,28 +21,29 @@ from skqlora.model.replicas import AdaptedReplica, ReplicaPool
 from skqlora.model.spec import BackboneSpec, describe_files
 from skqlora.settings.adapter_settings import LoraSettings
 
-SHARE_OF_WEIGHTS = 0.7  # of a GPU's free memory; the rest is for activations and adapters
-# Relative difference of hidden states that rounding alone explains.
+# The share of a GPU's free memory for the weights. The rest is for activations and adapters.
+SHARE_OF_WEIGHTS = 0.7
+# The relative difference of hidden states that rounding alone explains, by compute dtype.
 PADDING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen base and what was found out about it.
+    """A frozen base, and what was determined about it when it was loaded.
 
     Attributes
     ----------
     module : transformers.PreTrainedModel
-        Never changed after it is loaded; `lease` hands out replicas.
+        The base itself. It is never changed after it is loaded; `lease` hands out replicas.
     spec : BackboneSpec
     fingerprint : str
-        Hash of the source weights and the configuration: see `fingerprint_source`.
+        The hash of the source weights and the configuration; see `fingerprint_source`.
     hidden_size : int
-        Features of a last hidden state.
+        The number of features of a last hidden state.
     causal : bool
-        Whether a token sees only those before it.
+        Whether a token sees only the tokens before it.
     replicas : ReplicaPool
-        Those that nobody uses now.
+        The replicas that are not in use.
     """
 
     module: PreTrainedModel
@@ -54,7 +55,7 @@ class Backbone:
 
     @classmethod
     def load(cls, spec: BackboneSpec) -> "Backbone":
-        """Load and quantize a base; see `skqlora.model.cache.get_backbone` for one that is shared.
+        """Load and quantize a base; `skqlora.model.cache.get_backbone` returns a shared one.
 
         Parameters
         ----------
@@ -67,16 +68,16 @@ class Backbone:
         Raises
         ------
         ValueError
-            If the weights are missing, incomplete or not in safetensors format, the folder changes
-            meanwhile, or the model cannot be run on text alone, one text independent of those
-            padded beside it.
+            If the weights are missing, incomplete or not in safetensors format, if the folder
+            changes meanwhile, if the model cannot be run on text alone, or if padding changes the
+            result of a text.
         """
-        read_config(spec.model, spec.revision)  # a folder that is gone is refused with the remedy
+        read_config(spec.model, spec.revision)  # raises with a remedy if a folder is gone
         fingerprint = fingerprint_source(spec.model, spec.revision)
         with (
             torch.inference_mode(False),
-            NoRandomInit(),
-        ):  # a pooler that the checkpoint lacks, before it is dropped
+            NoRandomInit(),  # a pooler that the checkpoint lacks is built before it is dropped
+        ):
             module, loading = AutoModel.from_pretrained(
                 spec.model,
                 revision=spec.revision,
@@ -102,12 +103,12 @@ class Backbone:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory of the base and of the adapters on its free replicas."""
+        """The bytes in memory of the base and of the adapters on its free replicas."""
         return _count_bytes(self.module) + self.replicas.nbytes
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens that the base has an embedding of."""
+        """The number of tokens for which the base has an embedding."""
         embeddings: Any = self.module.get_input_embeddings()
         return embeddings.num_embeddings
 
@@ -120,17 +121,18 @@ class Backbone:
     ) -> AbstractContextManager[AdaptedReplica]:
         """Lend a replica of the base with LoRA layers, for the caller to train or fill.
 
-        A free replica of that shape costs nothing; a new one costs PEFT's injection. It comes with
-        the values of whoever had it before. After an exception it is not lent again.
+        A free replica of the adapter's shape costs nothing, whereas PEFT has to inject its layers
+        into a new one. A replica comes with the values that its last user left. After an exception
+        it is not lent again.
 
         Parameters
         ----------
         lora : LoraSettings
         keep_pooler : bool, default=False
-            Keep the base's pooler, if it has one. Without a use its LoRA would never get a
-            gradient.
+            Whether to keep the base's pooler, if it has one. LoRA on a pooler that is not used
+            would never get a gradient.
         holding : AdapterState, optional
-            Prefer the replica whose values are these.
+            The adapter whose values the replica should already hold, if a free one does.
 
         Returns
         -------
@@ -139,15 +141,15 @@ class Backbone:
         Raises
         ------
         ValueError
-            If PEFT finds no module of that name in the base.
+            If PEFT finds none of the target modules in the base.
         """
         return self.replicas.lease(lora, keep_pooler=keep_pooler, holding=holding)
 
     def autocast(self) -> AbstractContextManager:
-        """Precision of a forward pass: autocast on an accelerator, none on a CPU.
+        """Return the context of a forward pass: autocast on an accelerator, none on a CPU.
 
-        On a CPU the 4-bit layers alone compute in `compute_dtype`, which measured faster than
-        autocast at the same error of the gradient.
+        On a CPU only the 4-bit layers compute in `compute_dtype`. This was measured to be faster
+        than autocast, with the same error of the gradient.
         """
         device, dtype = self.spec.device.type, self.spec.compute_dtype
         if device == "cpu" or dtype == torch.float32:
@@ -155,7 +157,7 @@ class Backbone:
         return torch.autocast(device, dtype=dtype)
 
     def footprint(self, trainable_parameters: int) -> Footprint:
-        """Measure the base and put the number of trained parameters beside it."""
+        """Measure the base, and report it together with the number of trained parameters."""
         layers = [m for m in self.module.modules() if isinstance(m, bnb.nn.Linear4bit)]
         packed: list[Any] = [layer.weight for layer in layers]
         packed_ids = {id(weight) for weight in packed}
@@ -177,15 +179,15 @@ def _quantization_config(spec: BackboneSpec) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=spec.compute_dtype,
-        llm_int8_skip_modules=[],  # a headless base has no layer to keep out
+        llm_int8_skip_modules=[],  # a base without a head has no layer to leave out
     )
 
 
 def _placement(spec: BackboneSpec) -> dict[str, Any]:
-    """Where the weights go, in the words of `from_pretrained`.
+    """Choose where the weights go, as keyword arguments of `from_pretrained`.
 
-    "sequential" fills one device after the other, whole blocks at a time, and lets accelerate's
-    hooks carry the hidden states across: with all on one device there are none.
+    "sequential" fills one device after the other with whole blocks, and lets accelerate's hooks
+    move the hidden states between the devices. There are no hooks if one device holds everything.
     """
     if not spec.spread:
         return {"device_map": {"": spec.device}}
@@ -199,13 +201,13 @@ def _check_all_on_gpus(spec: BackboneSpec, module: PreTrainedModel) -> None:
     if spec.spread and places & {"cpu", "disk"}:
         raise ValueError(
             f"model={spec.model!r} does not fit on the {torch.cuda.device_count()} GPUs here. "
-            "Wanted: all of it on GPUs, which alone train it. Take a smaller model, or "
-            "quantization='nf4'."
+            "Wanted: all of it on GPUs, since a training cannot use weights that lie elsewhere. "
+            "Take a smaller model, or quantization='nf4'."
         )
 
 
 def _check_missing_weights(model: str, module: PreTrainedModel, missing: set[str]) -> None:
-    """Refuse a base with random weights; drop a pooler that the checkpoint does not have."""
+    """Refuse a base whose checkpoint lacks weights; if it lacks only the pooler, drop that."""
     if any(key.startswith("pooler.") for key in missing):
         drop_pooler(module)
     missing = {key for key in missing if not key.startswith("pooler.")}
@@ -218,7 +220,7 @@ def _check_missing_weights(model: str, module: PreTrainedModel, missing: set[str
 
 
 def freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Bring the base to the state that nothing changes any more."""
+    """Put a base into its final state, which nothing changes any more."""
     module.eval().requires_grad_(False)
     module.config.use_cache = False
     for layer in module.modules():
@@ -231,10 +233,11 @@ def freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
 
 
 def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
-    """Width of the last hidden state, and whether a token sees only those before it.
+    """Determine the width of the hidden states, and whether a token sees only those before it.
 
-    Configurations do not tell: `is_decoder` is unset for Llama. Two inputs that differ in their
-    last token do. A third, padded, shows whether a text's result depends on its neighbours.
+    Configurations do not say whether it does: `is_decoder` is unset for Llama. So the model is run
+    on two inputs that differ in their last token. A third input, which is padded, shows whether a
+    text's result depends on its neighbours.
     """
     vocabulary = module.config.get_text_config().vocab_size
     ids = torch.arange(5, 13, device=spec.device)[None] % vocabulary
@@ -250,7 +253,7 @@ def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
 
     name = f"model={spec.model!r} ({module.config.model_type})"
     module = replicate(module)
-    drop_pooler(module)  # as most adapters will
+    drop_pooler(module)  # as for most adapters
     try:
         plain = hidden_states(ids, torch.ones_like(ids))
         causal = torch.equal(plain[:-1], hidden_states(changed, torch.ones_like(ids))[:-1])
@@ -270,7 +273,7 @@ def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
 
 
 def _count_bytes(module: PreTrainedModel) -> int:
-    """Size in memory of all parameters, buffers and quantization constants."""
+    """Count the bytes of all parameters, buffers and quantization constants."""
     tensors = [*module.parameters(), *module.buffers()]
     constants = sum(
         _quantized_bytes(weight) - weight.nbytes
@@ -281,7 +284,10 @@ def _count_bytes(module: PreTrainedModel) -> int:
 
 
 def _quantized_bytes(weight: Any) -> int:
-    """Packed weights and their constants, without the code tables that all layers could share."""
+    """Count the bytes of a packed weight and its constants.
+
+    The code tables, which all layers could share, are not counted.
+    """
     state = weight.quant_state
     constants = [state.absmax] + ([state.state2.absmax] if state.nested else [])
     return weight.nbytes + sum(tensor.nbytes for tensor in constants)

@@ -1,6 +1,6 @@
-"""The stack of a model's layers, the modules of some of them, and another `forward` for them.
+"""Finding the stack of a model's layers and the modules in them, and replacing their `forward`.
 
-Knows nothing of adapters.
+This module knows nothing of adapters.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def transformer_blocks(encoder: nn.Module) -> nn.ModuleList | None:
-    """Find the stack of like blocks, or None where there is not exactly one of that length."""
+    """Return the stack of `num_hidden_layers` like blocks, or None if there is not exactly one."""
     stacks = list(_stacks(encoder).values())
     return stacks[0] if len(stacks) == 1 else None
 
@@ -20,14 +20,15 @@ def transformer_blocks(encoder: nn.Module) -> nn.ModuleList | None:
 def modules_in_layers(
     names: Iterable[str], layers: int | Sequence[int], encoder: Any
 ) -> tuple[str, ...]:
-    """Choose those of some modules that are in some of a model's layers.
+    """Choose the modules that are in some of a model's layers.
 
     Parameters
     ----------
     names : iterable of str
-        Of modules of the model.
+        The names of the modules to choose from.
     layers : int or sequence of int
-        That many at the end, or those of these numbers; negative ones count from the end.
+        How many layers at the end to take, or the numbers of the layers, where negative numbers
+        count from the end.
     encoder : transformers.PreTrainedModel
 
     Returns
@@ -37,7 +38,8 @@ def modules_in_layers(
     Raises
     ------
     ValueError
-        If the layers of the model cannot be told, it has fewer, or none of the modules is in them.
+        If the layers of the model cannot be identified, if it does not have that many, or if none
+        of the modules is in them.
     """
     stacks = _stacks(encoder)
     if len(stacks) != 1:
@@ -68,9 +70,9 @@ def modules_in_layers(
 
 @contextmanager
 def replaced_forwards(blocks: Iterable[nn.Module], forwards: Iterable[Any]) -> Iterator[None]:
-    """Give each layer another `forward`, and on leaving its own again.
+    """Give each layer another `forward`, and restore its own on leaving.
 
-    accelerate's hooks, too, are a `forward` of the layer itself, over that of its class.
+    accelerate's hooks, too, set a `forward` on the layer itself, which hides that of its class.
     """
     blocks = list(blocks)
     own = [block.__dict__.get("forward") for block in blocks]

@@ -1,6 +1,6 @@
 """The frozen bases of this process, shared by all of its estimators.
 
-Loads torch at the first base only, so that `import skqlora` stays light.
+The module loads torch only with the first base, so that `import skqlora` stays light.
 """
 
 import gc
@@ -26,18 +26,18 @@ LIMIT_VARIABLE = "SKQLORA_BACKBONE_CACHE_BYTES"
 
 @dataclass(frozen=True)
 class BackboneCacheInfo:
-    """What the cache of bases did so far in this process, and what it holds.
+    """What the cache of bases has done so far in this process, and what it holds.
 
     Attributes
     ----------
     hits : int
-        Times that a `fit` or `predict` found its base.
+        The number of times that a `fit` or `predict` found its base in the cache.
     misses : int
-        Times that it had to load one.
+        The number of times that a `fit` or `predict` had to load its base.
     n_backbones : int
-        Bases that are kept now.
+        The number of bases that are kept now.
     bytes : int
-        Their size in memory, with the adapters on their free replicas.
+        The size of these bases in memory, with the adapters on their free replicas.
     """
 
     hits: int
@@ -47,7 +47,7 @@ class BackboneCacheInfo:
 
 
 class _BackboneCache:
-    """Bases by what makes them, the ones used longest ago first."""
+    """The kept bases by their specification, the least recently used ones first."""
 
     def __init__(self) -> None:
         self._bases: OrderedDict[BackboneSpec, Backbone] = OrderedDict()
@@ -58,7 +58,7 @@ class _BackboneCache:
         backbone = self._find(spec)
         if backbone is None:
             with library_lock:
-                # A thread that was faster may have loaded it.
+                # Another thread may have loaded the base in the meantime.
                 backbone = self._find(spec) or self._load(spec, verbose)
         return backbone
 
@@ -99,7 +99,7 @@ class _BackboneCache:
             self._misses += 1
             for other in [other for other in self._bases if _is_outdated(other, spec)]:
                 del self._bases[other]
-        _free_memory()  # also what a failed load left
+        _free_memory()  # also what a failed load left behind
         backbone = self._load_alone_if_memory_is_short(spec, verbose)
         n_bytes = backbone.nbytes
         if limit is not None and n_bytes > limit:
@@ -124,7 +124,7 @@ class _BackboneCache:
         with muted(progress_bars=verbose):
             try:
                 return Backbone.load(spec)
-            except torch.OutOfMemoryError:  # of an accelerator
+            except torch.OutOfMemoryError:  # an accelerator's memory ran out
                 with self._lock:
                     there = [other for other in self._bases if other.device == spec.device]
                     for other in there:
@@ -135,7 +135,7 @@ class _BackboneCache:
             return Backbone.load(spec)
 
     def _evict(self, device: "torch.device", limit: int) -> None:
-        """Drop bases of a device until the rest are within the limit, but for the newest."""
+        """Drop bases of a device, except for the newest, until the rest are within the limit."""
         there = {spec: b.nbytes for spec, b in self._bases.items() if spec.device == device}
         total = sum(there.values())
         for spec in list(there)[:-1]:
@@ -146,12 +146,12 @@ class _BackboneCache:
 
 
 def _is_outdated(other: "BackboneSpec", spec: "BackboneSpec") -> bool:
-    """Whether `other` is what a folder held before its files changed."""
+    """Return whether `other` is what a folder held before its files changed."""
     return other.files != spec.files and replace(other, files=spec.files) == spec
 
 
 def _limit() -> int | None:
-    """Bytes for each device, from the environment."""
+    """Read the limit in bytes for each device from the environment, or None if it is not set."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     if not text:
         return None
@@ -168,7 +168,7 @@ def _limit() -> int | None:
 
 
 def _memory(device: "torch.device") -> int:
-    """Bytes of the device's memory, used or not."""
+    """Count the bytes of the device's memory, used or not."""
     if device.type == "cpu":
         import psutil
 
@@ -179,7 +179,10 @@ def _memory(device: "torch.device") -> int:
 
 
 def _free_memory() -> None:
-    """Free what nobody uses: bitsandbytes' layers and their weights refer to each other."""
+    """Free the memory that nobody uses.
+
+    bitsandbytes' layers and their weights refer to each other, so they have to be collected.
+    """
     gc.collect()
     import torch
 
@@ -191,13 +194,13 @@ _cache = _BackboneCache()
 
 
 def get_backbone(spec: "BackboneSpec", *, verbose: bool = False) -> "Backbone":
-    """Return the base of `spec`: that of the process, or a newly loaded one.
+    """Return the base of `spec`, which is loaded unless the process already keeps it.
 
     Parameters
     ----------
     spec : BackboneSpec
     verbose : bool, default=False
-        Show the libraries' progress bars while it loads.
+        Whether to show the libraries' progress bars while the base loads.
 
     Returns
     -------
@@ -206,13 +209,13 @@ def get_backbone(spec: "BackboneSpec", *, verbose: bool = False) -> "Backbone":
     Raises
     ------
     ValueError
-        If the base cannot be loaded; see `Backbone.load`. Nothing of it is kept.
+        If the base cannot be loaded; see `Backbone.load`. Nothing of it is kept then.
     """
     return _cache.get(spec, verbose=verbose)
 
 
 def count_bytes_of(spec: "BackboneSpec") -> int:
-    """Count the bytes of the base of `spec` if it is kept."""
+    """Count the bytes of the base of `spec`, which are 0 if it is not kept."""
     return _cache.count_bytes_of(spec)
 
 
@@ -223,12 +226,13 @@ def drop_other_backbones(spec: "BackboneSpec") -> None:
 
 
 def clear_backbone_cache() -> None:
-    """Forget the bases that this process keeps, their replicas, tokenizers and tokenized texts.
+    """Forget the bases that this process keeps, and what it keeps together with them.
 
-    And the hidden states of texts that fits with `layers` keep for later ones.
+    These are the replicas, the tokenizers, the tokenized texts, and the hidden states of texts that
+    fits with `layers` keep for later fits.
 
-    Fitted classifiers stay as they are: their next prediction loads its base again. A base that a
-    `fit` is using in another thread is freed when that ends.
+    Fitted classifiers stay as they are, and their next prediction loads the base again. A base that
+    a `fit` is using in another thread is freed when this `fit` ends.
     """
     clear_caches()
     if "torch" in sys.modules:  # otherwise no base was ever loaded
@@ -236,19 +240,19 @@ def clear_backbone_cache() -> None:
 
 
 def backbone_cache_info() -> BackboneCacheInfo:
-    """Tell how often bases were found and loaded in this process, and what they take.
+    """Return how often bases were found and loaded in this process, and how large they are.
 
     Returns
     -------
     info : BackboneCacheInfo
-        Its `hits`, `misses`, `n_backbones` and `bytes`.
+        The counts `hits`, `misses` and `n_backbones`, and the size `bytes`.
 
     Notes
     -----
-    The bases of a device are kept while they take at most half of its memory, and the one used last
-    always; the one used longest ago goes first. The environment variable
-    ``SKQLORA_BACKBONE_CACHE_BYTES`` sets another limit, in bytes for each device, such as ``8e9``,
-    or ``0`` to keep none. It is read whenever a base is loaded. A base that is larger than this
-    limit is loaded again at each `fit` and `predict`, with a warning.
+    The bases of a device are kept as long as they take at most half of its memory. If they take
+    more, the least recently used ones are dropped first, and the most recently used one always
+    stays. The environment variable ``SKQLORA_BACKBONE_CACHE_BYTES`` sets another limit, in bytes
+    for each device, such as ``8e9``, or ``0`` to keep none. It is read whenever a base is loaded. A
+    base that is larger than this limit is loaded again at each `fit` and `predict`, with a warning.
     """
     return _cache.info()

@@ -1,8 +1,9 @@
-"""Where a model computes, in what precision, and whether there is too little memory for it."""
+"""The device and the precision of a model, and errors that mean too little memory."""
 
 import torch
 
-# Of errors without a type of their own: of CUDA, of cuBLAS and cuDNN, of the CPU's allocator.
+# The words by which errors without a type of their own say that memory ran out. CUDA, cuBLAS, cuDNN
+# and the CPU's allocator raise such errors.
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
 
@@ -13,7 +14,7 @@ def resolve_device(device: str, *, here: bool = True) -> torch.device:
     ----------
     device : str
     here : bool, default=True
-        Whether it has to be on this machine.
+        Whether the device has to be on this machine.
 
     Returns
     -------
@@ -22,7 +23,7 @@ def resolve_device(device: str, *, here: bool = True) -> torch.device:
     Raises
     ------
     ValueError
-        If the device is not there, or bitsandbytes cannot train on it.
+        If there is no such device, or bitsandbytes cannot train on it.
     """
     if device == "auto":
         device = next((kind for kind in ("cuda", "xpu") if _is_available(kind)), "cpu")
@@ -52,9 +53,9 @@ def resolve_device(device: str, *, here: bool = True) -> torch.device:
 
 
 def may_spread(device: torch.device) -> bool:
-    """Whether a base that was given no device may go on to others: to the GPUs after the first.
+    """Return whether a base without a given device may continue on the GPUs after the first.
 
-    Not under `torchrun`, where each process has a GPU of its own.
+    It may not do so under `torchrun`, where each process has a GPU of its own.
     """
     in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     return device == torch.device("cuda", 0) and torch.cuda.device_count() > 1 and not in_group
@@ -67,12 +68,13 @@ def _is_available(kind: str, index: int = 0) -> bool:
 def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
     """Turn "auto" or a name into the dtype of the products with the base's weights.
 
-    "auto" is bfloat16 where the hardware multiplies it, else float16 on a GPU and float32 on a CPU.
+    "auto" is bfloat16 if the hardware multiplies it, otherwise float16 on a GPU and float32 on a
+    CPU.
 
     Raises
     ------
     ValueError
-        For float16 on a CPU.
+        If the dtype is float16 and the device is a CPU.
     """
     if compute_dtype == "float16" and device.type == "cpu":
         raise ValueError(
@@ -91,7 +93,7 @@ def resolve_compute_dtype(compute_dtype: str, device: torch.device) -> torch.dty
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether less at once may work."""
+    """Return whether memory ran out, so that computing less at once may work."""
     typed = isinstance(error, torch.OutOfMemoryError)
     return typed or any(words in str(error) for words in OUT_OF_MEMORY)
 

@@ -1,6 +1,6 @@
 """The identity of a base on disk: a hash of its configuration and its weights.
 
-Knows nothing of how a base is loaded.
+This module knows nothing of how a base is loaded.
 """
 
 import hashlib
@@ -12,15 +12,16 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-# Entries of a config.json that change without changing what the model computes.
+# The entries of a config.json that can change without changing what the model computes.
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 
 
 def fingerprint_source(model: str, revision: str | None) -> str:
     """Hash what identifies a base on disk, whatever device or dtype it is loaded to.
 
-    It covers the configuration and, of every tensor, the name, the dtype, the shape and the
-    values, at about a second a gigabyte. How the tensors are spread over files does not count.
+    The hash covers the configuration, and the name, dtype, shape and values of every tensor. It
+    takes about a second for each gigabyte. How the tensors are spread over files does not change
+    the hash.
 
     Parameters
     ----------
@@ -31,14 +32,14 @@ def fingerprint_source(model: str, revision: str | None) -> str:
     Returns
     -------
     fingerprint : str
-        64 hexadecimal digits (SHA-256).
+        The hash as 64 hexadecimal digits (SHA-256).
 
     Raises
     ------
     ValueError
         If there are no weights in safetensors format.
     OSError
-        If the Hub cannot be reached, or refuses.
+        If the Hub cannot be reached, or refuses access.
     """
     config_file = cached_file(model, "config.json", revision=revision)
     assert config_file is not None
@@ -63,7 +64,7 @@ def _tensor_digest(file: Any, name: str) -> bytes:
 
 
 def weight_files(model: str, revision: str | None) -> list[Path]:
-    """List the safetensors files of a base; a ValueError says what is missing."""
+    """List the safetensors files of a base, or raise a ValueError that says what is missing."""
     single = _file_of(model, revision, "model.safetensors")
     if single is not None:
         return [single]

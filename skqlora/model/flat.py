@@ -1,6 +1,6 @@
-"""Many small parameters as views into one flat buffer, which is what is copied, reduced or updated.
+"""Many small parameters as views into one flat buffer, which is copied, reduced or updated at once.
 
-Knows nothing of what the parameters are for.
+This module knows nothing of what the parameters are for.
 """
 
 from collections.abc import Mapping
@@ -10,25 +10,27 @@ import numpy as np
 import torch
 from torch import nn
 
-ALIGNMENT = 256  # elements: a block of the 8-bit optimizer never spans two tensors
-# bitsandbytes pages the state of an optimizer only for tensors of so many elements. LoRA's own are
-# smaller: only in a flat buffer is their optimizer paged.
+# Each parameter starts at a multiple of this many elements, so that a block of the 8-bit optimizer
+# never spans two tensors.
+ALIGNMENT = 256
+# bitsandbytes pages the state of an optimizer only for tensors of at least this many elements.
+# LoRA's own tensors are smaller, so their optimizer is paged only if they are in a flat buffer.
 PAGED_MIN_ELEMENTS = 100_000
 
 
 class FlatParameters:
-    """Parameters as views into one float32 tensor, by name.
+    """Named parameters as views into one float32 tensor.
 
     Parameters
     ----------
     parameters : mapping of str to torch.nn.Parameter
-        On one device, of any floating dtype. Their `data` become float32 views.
+        The parameters, on one device and of any floating dtype. Their `data` become float32 views.
 
     Attributes
     ----------
     leaf : torch.nn.Parameter of shape (n_elements,)
-        What an optimizer sees. Each parameter starts at a multiple of 256 elements; the gaps stay
-        zero.
+        The flat tensor, which an optimizer updates. Each parameter starts at a multiple of 256
+        elements; the gaps between them stay zero.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
@@ -47,16 +49,17 @@ class FlatParameters:
 
     @property
     def nbytes(self) -> int:
-        """Size of the values in memory."""
+        """The bytes of the values in memory."""
         return self.leaf.nbytes
 
     def load_state_dict(self, values: Mapping[str, np.ndarray]) -> None:
-        """Set every parameter: one copy to the device.
+        """Set every parameter, with a single copy to the device.
 
         Parameters
         ----------
         values : mapping of str to ndarray
-            float32, of the parameters' names and shapes; others are left out.
+            The float32 values, with the names and shapes of the parameters. Other names are
+            ignored.
         """
         flat = torch.zeros(self.leaf.shape, dtype=torch.float32)
         host = flat.numpy()
@@ -65,15 +68,15 @@ class FlatParameters:
         self.leaf.data.copy_(flat)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return a copy of every parameter: one copy from the device, of which they are views."""
+        """Return the values of every parameter, as views of a single copy from the device."""
         host = self.leaf.detach().to("cpu", copy=True).numpy()
         return {name: self._view(host, name) for name in self._slots}
 
     def attach_gradients(self) -> None:
-        """Give the parameters gradients that are views of the leaf's: zeros, to add to.
+        """Give the parameters zero gradients to add to, which are views of the leaf's gradient.
 
-        Never call `zero_grad` of an optimizer or a module: it replaces the leaf's gradient and
-        leaves the views behind, silently.
+        Never call `zero_grad` of an optimizer or a module. It would replace the leaf's gradient
+        and silently leave the views behind.
         """
         self.leaf.grad = torch.zeros_like(self.leaf)
         for name, parameter in self._parameters.items():
@@ -86,11 +89,11 @@ class FlatParameters:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The leaf's gradient, of shape (n_elements,), once there is one."""
+        """The leaf's gradient, of shape (n_elements,), once it is attached."""
         assert self.leaf.grad is not None
         return self.leaf.grad
 
     def _view(self, flat: Any, name: str) -> Any:
-        """Part of a flat tensor or array that holds a parameter, in its shape."""
+        """Return the part of a flat tensor or array that holds a parameter, in its shape."""
         first, shape = self._slots[name]
         return flat[first : first + int(np.prod(shape))].reshape(shape)

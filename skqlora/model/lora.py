@@ -1,4 +1,4 @@
-"""LoRA on a model, by PEFT: its configuration, and which modules of a model it is put on."""
+"""LoRA by PEFT: its configuration, and the modules of a model that it is put on."""
 
 import functools
 from dataclasses import replace
@@ -22,13 +22,15 @@ ADAPTER = "default"  # PEFT's own name for the only adapter of a model
 
 
 def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSettings:
-    """Say which adapter a fit trains: on which modules, if only some layers are adapted.
+    """Return the settings of the adapter that a fit trains.
+
+    If only some layers are adapted, its target modules are narrowed to those in these layers.
 
     Parameters
     ----------
     parameters : Parameters
     skeleton : transformers.PreTrainedModel
-        On the meta device; it is not changed.
+        The model on the meta device, which is not changed.
 
     Returns
     -------
@@ -49,7 +51,7 @@ def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSetti
 
 
 def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
-    """Write the settings as PEFT wants them for a base or its skeleton."""
+    """Convert the settings to PEFT's configuration for a base or its skeleton."""
     targets = lora.target_modules
     config = LoraConfig(
         r=lora.r,
@@ -68,15 +70,15 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
 def targeted_modules(
     target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
 ) -> tuple[str, ...]:
-    """Name the modules that an adapter would be on, tried on a skeleton without weights.
+    """Find the modules that an adapter would be on, by trying it on a skeleton without weights.
 
-    What a base would refuse later is refused here.
+    Target modules that a base would refuse later are refused here.
 
     Parameters
     ----------
     target_modules : str or tuple of str
     skeleton : transformers.PreTrainedModel
-        On the meta device; it is not changed.
+        The model on the meta device, which is not changed.
 
     Returns
     -------
@@ -85,13 +87,13 @@ def targeted_modules(
     Raises
     ------
     ValueError
-        If `target_modules` fits no layer, or one that cannot have an adapter.
+        If `target_modules` matches no layer, or a layer that cannot have an adapter.
     """
     try:
         if not all(isinstance(target, str) for target in target_modules):
-            raise TypeError("a name that is no str.")
+            raise TypeError("a name is not a str.")
         return _try_targets(target_modules, skeleton)
-    except Exception as error:  # PEFT's ValueError, re.error ... of a user's choice
+    except Exception as error:  # a user's choice may raise PEFT's ValueError, re.error ...
         raise ValueError(
             f"Got target_modules={target_modules!r}, which cannot be adapted: {error} Wanted: "
             "'all-linear', or names of linear layers of this model."
@@ -110,5 +112,5 @@ def _try_targets(
 
 
 def has_conv1d(module: nn.Module) -> bool:
-    """Whether the base keeps GPT-2's transposed layers, which it does only unquantized."""
+    """Return whether a base has GPT-2's transposed layers, which it keeps only unquantized."""
     return any(isinstance(m, Conv1D) for m in module.modules())

@@ -1,4 +1,4 @@
-"""The LoRA layer over a 4-bit one, with its product added in place."""
+"""The LoRA layer over a 4-bit layer, with LoRA's product added in place."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from peft.tuners.lora.bnb import Linear4bit
 
 
 class FusedLinear4bit(Linear4bit):
-    """PEFT's layer, less the copies of its output where the base computes in float32.
+    """PEFT's layer without the copies of its output, for float32 inputs without autocast.
 
-    PEFT copies the base's output, scales LoRA's product and adds the two: three passes over a
-    tensor as large as the output, for a product of rank r. Here one matrix product adds itself to
-    the output of the base: y = W x + s B (A x), Hu et al., arXiv 2106.09685, eq. 3. The numbers
-    are PEFT's but for float32's rounding. DoRA, what autocast mixes, and an adapter that is merged
-    or turned off are left to PEFT.
+    PEFT copies the base's output, scales LoRA's product and adds the two. These are three passes
+    over a tensor as large as the output, for a product of rank r. Here a single matrix product adds
+    itself to the base's output: y = W x + s B (A x), Hu et al., arXiv 2106.09685, eq. 3. The
+    results are PEFT's except for the rounding of float32. DoRA, the mixed precision of autocast,
+    and an adapter that is merged or turned off are left to PEFT.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the layer on x of shape (..., in_features)."""
+        """Compute the layer's output for x of shape (..., in_features)."""
         [adapter] = self.active_adapters
         if (
             adapter in self.lora_variant

@@ -1,6 +1,6 @@
 """Copying a module tree, and building one without drawing random numbers.
 
-Knows nothing of adapters.
+This module knows nothing of adapters.
 """
 
 import copy
@@ -23,10 +23,10 @@ RANDOM_FILLS = (
 
 
 class NoRandomInit(TorchFunctionMode):
-    """A context in which this thread fills with zeros what would be random, and draws nothing.
+    """A context in which this thread fills tensors with zeros instead of random numbers.
 
-    The first values of a loaded model are replaced at once, and the process's random state is the
-    user's.
+    The first values of a model that is loaded are replaced at once, so they need not be random. And
+    the random state of the process belongs to the user, so nothing may be drawn from it.
     """
 
     def __torch_function__(
@@ -34,7 +34,7 @@ class NoRandomInit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in RANDOM_FILLS:  # of torch.Tensor or torch.nn.init
+        if name in RANDOM_FILLS:  # methods of torch.Tensor, functions of torch.nn.init
             return (args[0] if args else kwargs["tensor"]).detach().zero_()
         if name in ("rand", "randn"):
             func = torch.zeros
@@ -42,13 +42,13 @@ class NoRandomInit(TorchFunctionMode):
 
 
 def replicate(base: PreTrainedModel) -> PreTrainedModel:
-    """Copy the module tree and share every tensor and the configuration."""
+    """Copy the module tree of a base, and share every tensor and the configuration."""
     shared: list[Any] = [*base.parameters(), *base.buffers(), base.config]
     shared += [m.quant_state for m in base.modules() if getattr(m, "quant_state", None) is not None]
     return copy.deepcopy(base, {id(x): x for x in shared})
 
 
 def drop_pooler(module: PreTrainedModel) -> None:
-    """Take away the layer over the first token that some encoders end in."""
+    """Remove the layer over the first token that is at the end of some encoders."""
     if hasattr(module, "pooler"):
         setattr(module, "pooler", None)  # noqa: B010 (mypy: a module has no such attribute)

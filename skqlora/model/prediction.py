@@ -1,4 +1,4 @@
-"""Forward passes over many texts: their logits, or the vectors that the head is given."""
+"""Forward passes over many texts, which compute their logits or the inputs of the head."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,17 @@ from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts, prediction_batches
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
-PREDICTION_TOKENS = 4096  # of a padded batch: enough to fill two CPU cores, little memory on a GPU
-PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
+# The most tokens of a padded batch, which fill two CPU cores and take little memory on a GPU.
+PREDICTION_TOKENS = 4096
+# The number of texts whose token ids are held at a time.
+PREDICTION_CHUNK = 16_384
 
 
 def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[str]) -> np.ndarray:
-    """Compute the logits of texts, from the base of the process and an adapter.
+    """Compute the logits of texts with an adapter, on the base that the process keeps.
 
-    A text that is there several times is computed once. Token ids are made chunk by chunk, so that
-    besides texts and logits the memory stays bounded.
+    A text that occurs several times is computed once. Token ids are made chunk by chunk, so that
+    the memory stays bounded, except for that of the texts and logits.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
     ----------
     model : TextClassifierModel
     tokens : TokenizedTexts
-        The n_rows texts.
+        The n_rows tokenized texts.
 
     Returns
     -------
@@ -76,13 +78,13 @@ def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.nda
 
 
 def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
-    """Compute what the head would be given for each row, in the order of the rows.
+    """Compute the input of the head for each row, in the order of the rows.
 
     Parameters
     ----------
     model : TextClassifierModel
     tokens : TokenizedTexts
-        The n_rows texts.
+        The n_rows tokenized texts.
 
     Returns
     -------

@@ -1,6 +1,6 @@
-"""Replicas of a frozen base that carry an adapter: made once for a shape, lent, and lent again.
+"""Replicas of a frozen base that carry an adapter, made once for a shape and lent repeatedly.
 
-Knows nothing of how a base is loaded, nor of heads, texts or training.
+This module knows nothing of how a base is loaded, nor of heads, texts or training.
 """
 
 import functools
@@ -26,12 +26,14 @@ from skqlora.model.modules import NoRandomInit, drop_pooler, replicate
 from skqlora.settings.adapter_settings import LoraSettings
 
 MAX_FREE_REPLICAS = 8
-MIN_FREE_BYTES = 32_000_000  # for the adapters of the free replicas, or if that is more:
-FREE_SHARE = 0.25  # of the base's bytes
+# The adapters of the free replicas may take this many bytes, or this share of the base's bytes if
+# that is more.
+MIN_FREE_BYTES = 32_000_000
+FREE_SHARE = 0.25
 
 
 class ReplicaShape(NamedTuple):
-    """What the modules of a replica depend on; the rest of an adapter is values."""
+    """The settings that the modules of a replica depend on; the rest of an adapter is values."""
 
     r: int
     target_modules: str | tuple[str, ...]
@@ -40,38 +42,40 @@ class ReplicaShape(NamedTuple):
 
     @classmethod
     def of(cls, lora: LoraSettings, keep_pooler: bool) -> "ReplicaShape":
-        """Take from the settings what is shape."""
+        """Take the part of the settings that determines the shape."""
         return cls(lora.r, lora.target_modules, lora.use_dora, keep_pooler)
 
 
 class AdaptedReplica:
-    """A replica of a base's module tree with LoRA layers, whose values are in one flat buffer.
+    """A replica of a base's module tree with LoRA layers, whose values are in flat buffers.
 
-    It shares every tensor of the base and owns only its modules and the adapter, which is float32
-    whatever the base computes in. No dropout acts.
+    The replica shares every tensor of the base. It owns only its modules and the adapter, which is
+    float32 whatever the base computes in. No dropout is active.
 
     Parameters
     ----------
     base : transformers.PreTrainedModel
-        Frozen; it is not changed.
+        The frozen base, which is not changed.
     lora : LoraSettings
     keep_pooler : bool
-        Keep the base's pooler, if it has one. Without a use its LoRA would never get a gradient.
+        Whether to keep the base's pooler, if it has one. LoRA on a pooler that is not used would
+        never get a gradient.
 
     Attributes
     ----------
     module : transformers.PreTrainedModel
     segments : list of FlatParameters
-        LoRA's parameters by their names in the module: one for each device that the base is on.
+        The buffers of LoRA's parameters by their names in the module, one for each device that
+        the base is on.
     shape : ReplicaShape
 
     Raises
     ------
     ValueError
-        If PEFT finds no module of that name in the base.
+        If PEFT finds none of the target modules in the base.
     """
 
-    @torch.inference_mode(False)  # or a first prediction within it would spoil later fits
+    @torch.inference_mode(False)  # otherwise a first prediction in it would spoil later fits
     def __init__(self, base: PreTrainedModel, lora: LoraSettings, keep_pooler: bool):
         self.shape = ReplicaShape.of(lora, keep_pooler)
         self.module = replicate(base)
@@ -98,12 +102,12 @@ class AdaptedReplica:
 
     @property
     def nbytes(self) -> int:
-        """Size of the adapter in memory."""
+        """The bytes of the adapter in memory."""
         return sum(segment.nbytes for segment in self.segments)
 
     @property
     def n_parameters(self) -> int:
-        """Number of the adapter's values."""
+        """The number of the adapter's values."""
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     @property
@@ -112,10 +116,11 @@ class AdaptedReplica:
         return [layer for layer in self.module.modules() if isinstance(layer, LoraLayer)]
 
     def reset_parameters(self, lora: LoraSettings, seed: int) -> None:
-        """Give the adapter the first values that PEFT would, drawn on the CPU from the seed alone.
+        """Set the first values that PEFT would give the adapter, drawn from the seed alone.
 
-        A is Kaiming uniform or Gaussian with deviation 1/r, B zero (Hu et al., arXiv 2106.09685,
-        section 4.1, and PEFT's `reset_lora_parameters`).
+        They are drawn on the CPU. A is Kaiming uniform, or Gaussian with the standard deviation
+        1/r, and B is zero (Hu et al., arXiv 2106.09685, section 4.1, and PEFT's
+        `reset_lora_parameters`).
         """
         self.mark_changed()
         self._scale(lora)
@@ -128,12 +133,12 @@ class AdaptedReplica:
         )
 
     def load_adapter(self, state: AdapterState) -> None:
-        """Put a captured adapter on the replica: one copy, or none if it is there already.
+        """Put a captured adapter on the replica, with one copy or none if it is there already.
 
         Raises
         ------
         ValueError
-            If its tensors are not those of this base.
+            If the names and shapes of its tensors are not those of this replica.
         """
         if self.holds(state):
             return
@@ -144,23 +149,24 @@ class AdaptedReplica:
         self.mark_holding(state)
 
     def holds(self, state: AdapterState | None) -> bool:
-        """Whether the replica's values are those of `state`."""
+        """Return whether the replica's values are those of `state`."""
         return state is not None and self._held is not None and self._held() is state
 
     def mark_changed(self) -> None:
-        """Note that the values are about to become other ones."""
+        """Note that the values are about to change."""
         self._held = None
 
     def mark_holding(self, state: AdapterState) -> None:
-        """Note that the values are those of `state`, which were just captured from them."""
+        """Note that the values are those of `state`, just captured from or loaded into them."""
         self._held = weakref.ref(state)
 
     @functools.cached_property
     @torch.no_grad()
     def row_axes(self) -> list[int | None]:
-        """Axis of the rows in the input of each adapted layer; None where it has none of its own.
+        """The axis of the rows in the input of each adapted layer, or None if it has no such axis.
 
-        Found by running three rows of five tokens. DeBERTa's queries and keys also serve relative
+        The axes are found by running three rows of five tokens. A layer has no such axis if its
+        inputs are not always rows: DeBERTa's layers of queries and keys also serve relative
         positions, which all rows share.
         """
         n_rows, n_tokens = 3, 5
@@ -180,7 +186,7 @@ class AdaptedReplica:
         return [axes[layer].pop() if len(axes[layer]) == 1 else None for layer in layers]
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return a copy of the adapter's values, by name in the module."""
+        """Return a copy of the adapter's values, by their names in the module."""
         values: dict[str, np.ndarray] = {}
         for segment in self.segments:
             values |= segment.state_dict()
@@ -205,32 +211,33 @@ class AdaptedReplica:
         elif ".lora_A." in name:
             bound = 1 / math.sqrt(math.prod(shape[1:]))  # the fan in
             value.uniform_(-bound, bound, generator=generator)
-        elif ".lora_embedding_B." in name:  # of an embedding it is A that starts at zero
+        elif ".lora_embedding_B." in name:  # in an embedding's adapter A starts at zero
             value.normal_(generator=generator)
         return value.numpy()
 
 
 class ReplicaPool:
-    """The replicas of one base that nobody uses now, for the next one of their shape.
+    """The replicas of one base that are not in use, for the next adapter of their shape.
 
-    A bounded list: the ones used longest ago go first, and the last one always stays.
+    Their number and size are bounded. The least recently used ones are dropped first, and the most
+    recently used one always stays.
 
     Parameters
     ----------
     base : transformers.PreTrainedModel
     base_bytes : int
-        Its size in memory.
+        The size of the base in memory.
     """
 
     def __init__(self, base: PreTrainedModel, base_bytes: int):
         self._base = base
         self._max_free_bytes = max(MIN_FREE_BYTES, FREE_SHARE * base_bytes)
-        self._free: list[AdaptedReplica] = []  # the one used last at the end
+        self._free: list[AdaptedReplica] = []  # the most recently used one is last
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        """Size of the kept adapters in memory."""
+        """The bytes of the kept adapters in memory."""
         with self._lock:
             return sum(replica.nbytes for replica in self._free)
 
@@ -243,7 +250,7 @@ class ReplicaPool:
         if replica is None:
             replica = AdaptedReplica(self._base, lora, keep_pooler)
         yield replica
-        # Not reached by an exception: what that left behind is dropped with the replica.
+        # An exception does not get here: what it left behind is dropped with the replica.
         self._give_back(replica)
 
     def _take(self, shape: ReplicaShape, holding: AdapterState | None) -> AdaptedReplica | None:
@@ -251,7 +258,7 @@ class ReplicaPool:
             fitting = [replica for replica in self._free if replica.shape == shape]
             if not fitting:
                 return None
-            # Else the one used longest ago, so that other adapters stay where they are.
+            # Otherwise take the least recently used one, so that other adapters stay in place.
             replica = next((replica for replica in fitting if replica.holds(holding)), fitting[0])
             self._free.remove(replica)
             return replica

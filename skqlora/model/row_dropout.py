@@ -9,14 +9,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class RowsOfUpdate:
-    """Which rows of which update a forward pass holds.
+    """The rows of an update that a forward pass holds.
 
     Attributes
     ----------
     update : int
-        Number of the update of the weights.
+        The number of the update of the weights.
     batch_rows : int
-        Number of rows in the update, over all of its passes and ranks.
+        The number of rows in the update, over all of its passes and ranks.
     rows : torch.Tensor of int64, of shape (n_rows,)
         The places in the update of the rows of this pass, on the device of the model.
     """
@@ -36,15 +36,16 @@ class RowDropout(nn.Module):
     Parameters
     ----------
     p : float
-        Share of the features that is dropped.
+        The share of the features that is dropped.
     seed, layer : int
     row_axis : int
-        Axis of the input along which the rows lie. It may hold several tokens of each row in turn.
+        The axis of the input along which the rows lie. It may hold several tokens of each row in
+        turn.
 
     Attributes
     ----------
     part : RowsOfUpdate or None
-        What the current pass holds; `TextClassifierModel.forward` sets it.
+        The rows that the current pass holds, which `TextClassifierModel.forward` sets.
     """
 
     def __init__(self, p: float, seed: int, layer: int, row_axis: int):
@@ -54,15 +55,15 @@ class RowDropout(nn.Module):
         self._keep, self._update = torch.empty(0), -1  # the mask of an update, and its number
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Drop features, the last axis, of the activations of a pass."""
+        """Drop features, which are along the last axis, from the activations of a pass."""
         if not self.training:
             return x
         part = self.part
         assert part is not None  # a training pass says which rows it holds
         if self._update != part.update:
             self._keep, self._update = self._draw(part, x), part.update
-        keep = self._keep[part.rows.to(x.device)]  # elsewhere where a base is on several devices
-        # (n_rows, n_features), once for each token where rows and tokens share the axis
+        keep = self._keep[part.rows.to(x.device)]  # a base may be on several devices
+        # (n_rows, n_features), repeated for each token if rows and tokens share the axis
         n_repeats = x.shape[self.row_axis] // len(part.rows)
         scale = (keep / (1 - self.p)).repeat_interleave(n_repeats, 0)
         shape = [1] * x.ndim
@@ -70,7 +71,7 @@ class RowDropout(nn.Module):
         return x * scale.to(x.dtype).view(shape)
 
     def _draw(self, part: RowsOfUpdate, x: torch.Tensor) -> torch.Tensor:
-        """Draw what is kept of all rows of the update, of shape (batch_rows, n_features), bool."""
+        """Draw what all rows of an update keep, as bool of shape (batch_rows, n_features)."""
         words = np.random.SeedSequence([self.seed, part.update, self.layer]).generate_state(2)
         generator = torch.Generator(x.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
         keep = torch.empty(part.batch_rows, x.shape[-1], dtype=torch.float32, device=x.device)

@@ -1,4 +1,4 @@
-"""Which base a fit or a prediction means: everything that makes one loaded base another."""
+"""The specification of the base that a fit or a prediction needs."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class BackboneSpec:
     revision : str or None
     quantization : {"nf4", "fp4"} or None
     double_quant : bool
-        Quantize the quantization constants too.
+        Whether to quantize the quantization constants too.
     compute_dtype : torch.dtype
-        Of the products with the base's weights.
+        The dtype of the products with the base's weights.
     device : torch.device
     spread : bool
-        Put what does not fit on `device` onto the next ones.
+        Whether to put what does not fit on `device` onto the next ones.
     attn_implementation : str or None
-        transformers' name of the attention kernel; None is its choice.
+        The name of the attention kernel in transformers, which chooses one if it is None.
     files : tuple
-        What `describe_files` tells of a local folder, so that a changed folder is another base.
+        The result of `describe_files`, so that a changed folder is another base.
     """
 
     model: str
@@ -50,13 +50,13 @@ class BackboneSpec:
     def of(
         cls, parameters: Parameters, adapter: AdapterState | None = None, *, here: bool = True
     ) -> "BackboneSpec":
-        """Say which base the parameters mean.
+        """Determine which base the parameters mean.
 
         Parameters
         ----------
         parameters : Parameters
         adapter : AdapterState, optional
-            The base is then the very commit that this adapter was trained on.
+            A fitted adapter. If it was trained on this model, the base is the same commit.
         here : bool, default=True
             Whether the device has to be on this machine.
 
@@ -71,7 +71,7 @@ class BackboneSpec:
         """
         device = resolve_device(parameters.device, here=here)
         files = describe_files(parameters.model)
-        model = str(files[0]) if files else parameters.model  # however a path is written
+        model = str(files[0]) if files else parameters.model  # the same however the path is written
         if adapter is not None and adapter.revision is not None and adapter.model == model:
             revision = adapter.revision
         else:
@@ -101,7 +101,7 @@ class BackboneSpec:
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """Dtype of what is not quantized: embeddings and norms, or everything."""
+        """The dtype of what is not quantized: embeddings and norms, or everything."""
         if self.quantization is None:
             return self.compute_dtype
         # On an accelerator bfloat16 halves the embeddings. float16 would overflow in the residual
@@ -112,13 +112,13 @@ class BackboneSpec:
 
 
 def describe_files(model: str) -> tuple:
-    """List the path and the files of a local folder, with sizes and times; () for a Hub id."""
+    """List the path and files of a local folder, with sizes and times; return () for a Hub id."""
     folder = Path(model)
     if not folder.is_dir():
         return ()
     files = []
     for path in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # a temporary file of somebody who writes there
+        with suppress(FileNotFoundError):  # another program's temporary file may vanish
             if path.is_file():
                 files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
     return folder.resolve(), *files

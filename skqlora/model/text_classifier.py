@@ -1,7 +1,7 @@
 """The forward pass in one piece: token ids, hidden states, one vector a text, logits, losses.
 
-Knows nothing of texts or of how the model is trained. The shapes below are those of b texts of t
-tokens in one pass, of d features in a hidden state and of k classes.
+This module knows nothing of texts or of how the model is trained. In the shapes below, a pass has b
+texts of t tokens, a hidden state has d features, and there are k classes.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from skqlora.model.replicas import AdaptedReplica
 from skqlora.model.row_dropout import RowDropout, RowsOfUpdate
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 
-HEAD_INIT_STD = 0.02  # what transformers gives a fresh classification head
+HEAD_INIT_STD = 0.02  # the standard deviation of a new classification head in transformers
 
 
 class TextClassifierModel(nn.Module):
@@ -54,13 +54,13 @@ class TextClassifierModel(nn.Module):
             nn.Linear,
             backbone.hidden_size,
             n_classes,
-            bias=pooling != "last",  # as transformers' heads of decoders have none
+            bias=pooling != "last",  # transformers' heads of decoders have none
             dtype=torch.float32,
             device=backbone.spec.device,
         )
         self._dropouts: list[RowDropout] = []
         self.head.eval()
-        self.training = False  # as all of the replica is
+        self.training = False  # like all of the replica
 
     def forward(
         self,
@@ -73,9 +73,9 @@ class TextClassifierModel(nn.Module):
         Parameters
         ----------
         input_ids, attention_mask : torch.Tensor of int64, of shape (b, t)
-            Padded on the right.
+            The token ids and their mask, padded on the right.
         part : RowsOfUpdate, optional
-            In training, which rows of the update these are: dropout has a mask for each row.
+            In training, the rows of the update that the pass holds. Dropout has a mask for each.
 
         Returns
         -------
@@ -86,7 +86,7 @@ class TextClassifierModel(nn.Module):
         return self.head(self.encode(input_ids, attention_mask))  # (b, d) @ (d, k)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Compute what the head is given: one float32 vector a text, of shape (b, d)."""
+        """Compute the input of the head: one float32 vector a text, of shape (b, d)."""
         with self.backbone.autocast():
             # Each adapted linear layer computes dequantize(W) x + scaling * B A dropout(x): W is
             # frozen and has 4 bits, A and B are trained in float32. See lora_layer.py.
@@ -109,9 +109,9 @@ class TextClassifierModel(nn.Module):
         Parameters
         ----------
         input_ids, attention_mask, part
-            As of `forward`.
+            The same as in `forward`.
         targets : torch.Tensor of int64, of shape (b,) or (b, k)
-            Class numbers, or a multilabel indicator.
+            The class numbers, or a multilabel indicator.
 
         Returns
         -------
@@ -141,12 +141,13 @@ class TextClassifierModel(nn.Module):
         lora : LoraSettings
         n_classes : int
         pooling : {"auto", "last", "mean", "cls", "pooler"}
-            "auto" is "last" for a causal base and "mean" for another.
+            How hidden states become one vector a text. "auto" is "last" for a causal base and
+            "mean" for any other.
         seed : int, default=0
-            Seed of the first values of LoRA and of the head, and of dropout.
+            The seed of the first values of LoRA and of the head, and of dropout.
         lora_dropout : float, default=0.0
         start : AdapterState, optional
-            The adapter and the head begin with these values instead of random ones.
+            The values that the adapter and the head begin with, instead of random ones.
 
         Yields
         ------
@@ -155,13 +156,13 @@ class TextClassifierModel(nn.Module):
         Raises
         ------
         ValueError
-            If the base cannot be pooled this way, PEFT finds none of the target modules, or
+            If the base cannot be pooled this way, if PEFT finds none of the target modules, or if
             `start` is of another base or another shape.
         """
         pooling = resolve_pooling(pooling, backbone)
         keep_pooler = pooling == "pooler"
         with (
-            torch.inference_mode(False),  # whatever the caller computes in
+            torch.inference_mode(False),  # even if the caller is in inference mode
             torch.enable_grad(),
             backbone.lease(lora, keep_pooler=keep_pooler) as replica,
         ):
@@ -214,7 +215,7 @@ class TextClassifierModel(nn.Module):
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
         self.training = mode
         for layer in self.replica.lora_layers:
-            layer.training = mode  # DoRA asks the layer, not its dropout
+            layer.training = mode  # DoRA looks at the layer, not at its dropout
             layer.lora_dropout.train(mode)
         return self
 
@@ -225,8 +226,8 @@ class TextClassifierModel(nn.Module):
     def adapter_state(self, text: TextSettings, tokenizer_fingerprint: str = "") -> AdapterState:
         """Copy the adapter and the head out of the model, to NumPy and without the base.
 
-        The replica still holds the adapter, for a prediction that follows. What a text becomes is
-        not the model's business; it is only noted.
+        The replica still holds the adapter, for a prediction that follows. The model itself does
+        not use `text` and `tokenizer_fingerprint`; they are only noted in the state.
         """
         state = AdapterState(
             lora=self.lora,
@@ -244,7 +245,7 @@ class TextClassifierModel(nn.Module):
 
     @contextmanager
     def _row_dropout(self, p: float, seed: int) -> Iterator[None]:
-        """Put dropout before the layers whose rows can be told, for the time of a training."""
+        """Put dropout before the layers whose row axis is known, for the time of a training."""
         if p == 0:
             yield
             return
@@ -266,7 +267,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     ----------
     hidden : torch.Tensor of shape (n_rows, n_tokens, hidden_size)
     mask : torch.Tensor of shape (n_rows, n_tokens)
-        1 for tokens, then 0 for padding.
+        The mask, which is 1 for tokens and then 0 for padding.
     pooling : {"last", "mean", "cls"}
 
     Returns
@@ -290,8 +291,8 @@ def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     ----------
     logits : torch.Tensor of shape (n_rows, n_classes)
     targets : torch.Tensor of int, of shape (n_rows,) or (n_rows, n_classes)
-        Class numbers, for a softmax over the classes; or a multilabel indicator, for a sigmoid of
-        each label.
+        The class numbers, for a softmax over the classes; or a multilabel indicator, for a sigmoid
+        of each label.
 
     Returns
     -------
@@ -342,7 +343,7 @@ def _check_adapter_settings(lora: LoraSettings, pooling: str, start: AdapterStat
 
 @torch.no_grad()
 def _reset_head(head: nn.Linear, seed: int) -> None:
-    """Give a head the first values that transformers would, drawn on the CPU."""
+    """Set the first values that transformers would give a head, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(head.weight.shape, dtype=torch.float32)
     head.weight.copy_(weight.normal_(std=HEAD_INIT_STD, generator=generator))

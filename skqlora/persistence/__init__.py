@@ -1,4 +1,4 @@
-"""Fitted estimators as files: our own format, PEFT's and Transformers'.
+"""Fitted estimators as files, in the formats of this package, of PEFT and of Transformers.
 
-Knows nothing of how an adapter is trained.
+These modules know nothing of how an adapter is trained.
 """

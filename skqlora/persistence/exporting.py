@@ -1,6 +1,6 @@
-"""Fitted classifiers in the formats of PEFT and Transformers, and from PEFT's.
+"""Fitted classifiers written in the formats of PEFT and Transformers, and read from PEFT's.
 
-Knows nothing of how files are put in their place.
+This module knows nothing of how files are put in their place.
 """
 
 import errno
@@ -46,7 +46,7 @@ from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_text
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
-# Entries of an adapter's configuration that are read here, or decide nothing about its result.
+# The entries of an adapter's configuration that are read here or do not affect its result.
 UNDERSTOOD = {
     "task_type",
     "peft_type",
@@ -77,7 +77,7 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "target_modules": (list, str),
     "base_model_name_or_path": str,
 }
-HARMLESS_STARTS = (True, False, None, "gaussian")  # others change the base: PiSSA, OLoRA ...
+HARMLESS_STARTS = (True, False, None, "gaussian")  # PiSSA, OLoRA and others change the base
 AS_PEFT_WROTE = "files as `PeftModel.save_pretrained` wrote them. Copy or save them again"
 
 
@@ -116,7 +116,7 @@ def _checked_base(parameters: Parameters, adapter: AdapterState) -> Backbone:
 
 
 def _warn_of_what_is_not_kept(text: TextSettings, kept: tuple[str, ...]) -> None:
-    """Tell what a format, of which `kept` are the ways of truncation, has no place for."""
+    """Warn of settings that a format has no place for, such as a truncation not in `kept`."""
     lost = [] if text.prompt is None else [f"prompt={text.prompt!r}"]
     if text.truncation not in kept:
         lost.append(f"truncation={text.truncation!r}")
@@ -130,27 +130,27 @@ def _warn_of_what_is_not_kept(text: TextSettings, kept: tuple[str, ...]) -> None
 
 
 def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
-    """Choose a padding token that no text ends in: Transformers pools the last other one."""
+    """Choose a padding token that ends no text, since Transformers pools the last other token."""
     used = set(tokenizer("a")["input_ids"])
     for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token):
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if isinstance(number, int) and number < vocab_size and number not in used:
             return token
     raise ValueError(
-        "The tokenizer has no token to pad with that does not end its texts too, and Transformers "
-        "would pool another one. Wanted: a tokenizer with a padding token of its own. `save` "
+        "The tokenizer has no token to pad with that does not end its texts too, so Transformers "
+        "would pool the wrong token. Wanted: a tokenizer with a padding token of its own. `save` "
         "writes any classifier."
     )
 
 
 def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: str) -> None:
-    """Write that model, rounded to a dtype, and its tokenizer."""
+    """Write the model of `to_transformers`, rounded to a dtype, and its tokenizer."""
     model, tokenizer = to_transformers(parameters, fitted)
     try:
         with muted():
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    except safetensors.SafetensorError as error:  # what it makes of a full disk
+    except safetensors.SafetensorError as error:  # raised for a full disk
         raise OSError(errno.EIO, f"The merged model could not be written: {error}") from error
 
 
@@ -178,21 +178,21 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
 def read_peft(
     kind: Any, path: str | os.PathLike, classes: Any, multilabel: bool, changes: dict[str, Any]
 ) -> tuple[dict[str, Any], Fitted]:
-    """Read an adapter of PEFT's; see `QLoRAClassifier.from_peft`.
+    """Read an adapter that PEFT wrote; see `QLoRAClassifier.from_peft`.
 
     Parameters
     ----------
     kind : type
-        Of the classifier.
+        The class of the classifier.
     path, classes, multilabel
-        As there.
+        The arguments of `from_peft`.
     changes : dict
-        Parameters that the adapter does not decide.
+        The parameters of the classifier that the adapter does not decide.
 
     Returns
     -------
     parameters : dict
-        The classifier's, by name.
+        The parameters of the classifier, by name.
     fitted : Fitted
     """
     config = read_peft_config(path)
@@ -233,7 +233,7 @@ def read_peft(
 
 
 def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Read an adapter's configuration and refuse what is no LoRA for sequence classification.
+    """Read an adapter's configuration, and refuse all but LoRA for sequence classification.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If there is none, or of another kind: the message names it.
+        If there is no configuration, or the adapter is of another kind. The message names what.
     """
     file = _file_of(path, CONFIG_FILE)
     with naming_the_file(file, AS_PEFT_WROTE):
@@ -273,16 +273,16 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
 def read_peft_weights(
     path: str | os.PathLike, config: dict[str, Any], parameters: Parameters
 ) -> tuple[AdapterState, Footprint]:
-    """Read an adapter's weights and try them on the base that the parameters mean.
+    """Read an adapter's weights, and try them on the base that the parameters name.
 
     Parameters
     ----------
     path : str or path
         A folder, or the id of a repository of the Hub.
     config : dict
-        Of `read_peft_config`.
+        The configuration that `read_peft_config` returned.
     parameters : Parameters
-        The base and what a text becomes are read from them.
+        The classifier's parameters, which decide the base and how a text becomes token ids.
 
     Returns
     -------
@@ -292,8 +292,7 @@ def read_peft_weights(
     Raises
     ------
     ValueError
-        If there is a tensor that is neither of LoRA nor of a linear head, or they do not fit the
-        base.
+        If a tensor is neither of LoRA nor of a linear head, or the tensors do not fit the base.
     """
     file = _file_of(path, WEIGHTS_FILE)
     with naming_the_file(file, AS_PEFT_WROTE):
@@ -357,7 +356,7 @@ def read_peft_weights(
 
 
 def _sorted_by_class(adapter: AdapterState, classes: Any) -> tuple[np.ndarray, AdapterState]:
-    """Sort labels, and the rows of the head with them."""
+    """Sort the labels, and the rows of the head with them."""
     n_classes = len(adapter.head_tensors["weight"])
     labels = np.arange(n_classes) if classes is None else np.asarray(classes)
     if n_classes < 2:
@@ -376,7 +375,7 @@ def _sorted_by_class(adapter: AdapterState, classes: Any) -> tuple[np.ndarray, A
 
 
 def _stock_skeleton(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel, str, str]:
-    with torch.device("meta"):  # every shape and no weight
+    with torch.device("meta"):  # it has every shape and no weight
         return stock_model(config, pooling)
 
 

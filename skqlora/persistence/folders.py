@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all: written beside their place, then moved there.
+"""Folders that appear whole or not at all: they are written next to their place and moved there.
 
-Knows nothing of what is written.
+This module knows nothing of what is written.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's <fcntl.h> and <linux/fs.h>
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # as in Linux's <fcntl.h> and <linux/fs.h>
 
 
 @contextmanager
@@ -24,17 +24,17 @@ def written_folder(
     """Give a new folder to write to, which is moved to `path` at the end.
 
     A kill at any moment leaves at `path` what was there before or what was written, and perhaps a
-    hidden folder ``.NAME.*.tmp`` beside it. Where the system cannot exchange two folders (outside
-    Linux, on some network disks) that holds but for the moment between two renames, when the old
-    folder is at ``.NAME.*.old.tmp``.
+    hidden folder ``.NAME.*.tmp`` next to it. Where the system cannot exchange two folders (outside
+    Linux, on some network disks), this holds except for the moment between two renames, when the
+    old folder is at ``.NAME.*.old.tmp``.
 
     Parameters
     ----------
     path : str or path
-        Missing folders above it are made.
+        The place of the folder. Missing folders above it are made.
     replaceable : sequence of str, optional
-        Names of files that a folder at `path` may hold and lose; the first it must hold, as the
-        sign of whose it is. None: it must be empty.
+        The names of the files that a folder at `path` may hold and lose. It must hold the first of
+        them, as the sign of who wrote it. By default, a folder at `path` must be empty.
 
     Yields
     ------
@@ -43,8 +43,8 @@ def written_folder(
     Raises
     ------
     OSError
-        If something else is at `path` (FileExistsError, NotADirectoryError), or it cannot be
-        written. What is there stays as it is.
+        If something else is at `path` (FileExistsError, NotADirectoryError), or the folder cannot
+        be written. What is at `path` stays as it is.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     _check_replaceable(target, replaceable)
@@ -58,7 +58,7 @@ def written_folder(
         _move(folder, target, replaceable)
         _flush(target.parent)
     except OSError as error:
-        # A full disk does not say where, and a refusal names the hidden folder.
+        # The error of a full disk names no file, and that of a refusal names the hidden folder.
         if error.errno is not None and str(error.filename or folder).startswith(str(folder)):
             error.filename, error.filename2 = str(target), None
         raise
@@ -67,7 +67,7 @@ def written_folder(
 
 
 def find_aside(path: str | os.PathLike) -> Path | None:
-    """Find where a kill between two renames left what was at `path`, if nothing is there now."""
+    """Find where a kill between two renames left the folder of `path`, if it is missing now."""
     target = Path(os.path.realpath(path))
     if target.exists():
         return None
@@ -85,7 +85,7 @@ def _move(folder: Path, target: Path, replaceable: Sequence[str] | None) -> None
 
 
 def _exchange(folder: Path, target: Path) -> None:
-    """Swap two folders at once where the system can, else by three renames."""
+    """Swap two folders at once where the system can, otherwise by three renames."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2") and not libc.renameat2(
@@ -123,9 +123,9 @@ def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
     if foreign or missing:
         what = f"holds no {replaceable[0]!r}" if missing else f"holds {foreign[0]!r}"
         raise FileExistsError(
-            f"Got path={str(target)!r} with overwrite=True, but it {what}, so not all of it was "
-            "written here. Wanted: a folder of a saved classifier alone. Move what is there away, "
-            "or save elsewhere."
+            f"Got path={str(target)!r} with overwrite=True, but it {what}, so it is not just "
+            "what `save` wrote. Wanted: a folder of a saved classifier alone. Move what is there "
+            "away, or save elsewhere."
         )
 
 

@@ -1,7 +1,8 @@
-"""A base and an adapter as one dense Transformers model for sequence classification.
+"""A base and an adapter, merged into one dense Transformers model for sequence classification.
 
-Knows nothing of texts. The 4-bit weights are dequantized in float32 and the adapter is added to
-them: it was trained on those weights, not on the ones that were quantized.
+The 4-bit weights are dequantized in float32 and the adapter is added to them, because it was
+trained on these weights and not on the ones before quantization. This module knows nothing of
+texts.
 """
 
 import copy
@@ -27,7 +28,7 @@ from skqlora.model.lora import ADAPTER, peft_config
 from skqlora.model.modules import NoRandomInit
 from skqlora.persistence.peft_format import adapted_modules
 
-HEADS = {"last": "score", "pooler": "classifier"}  # by pooling, the stock classes' names
+HEADS = {"last": "score", "pooler": "classifier"}  # the head's name in Transformers, by pooling
 
 
 def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel, str, str]:
@@ -41,14 +42,15 @@ def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel
     Returns
     -------
     model : transformers.PreTrainedModel
-        float32 and without meaningful weights.
+        The model, in float32 and without meaningful weights.
     base, head : str
-        The names of these two modules in it.
+        The names of the base and of the head in the model.
 
     Raises
     ------
     ValueError
-        If there is no such model, it does not pool so, or its head is more than a linear layer.
+        If there is no such model, if it pools another way, or if its head is more than a linear
+        layer.
     """
     refusal = ValueError(
         f"Got a {config.model_type} classifier with pooling={pooling!r}, for which Transformers "
@@ -91,21 +93,21 @@ def merge(backbone: Backbone, state: AdapterState, config: PreTrainedConfig) -> 
     Parameters
     ----------
     backbone : Backbone
-        Only read.
+        The base, which is only read.
     state : AdapterState
-        Of this base.
+        The adapter, which belongs to this base.
     config : transformers.PreTrainedConfig
-        Of `classification_config`.
+        The configuration that `classification_config` returned.
 
     Returns
     -------
     model : transformers.PreTrainedModel
-        Whose weights are those of the base, dequantized, plus ``scaling * B @ A``.
+        The model. Its weights are those of the base, dequantized, plus ``scaling * B @ A``.
 
     Raises
     ------
     ValueError
-        If Transformers has no class for how the adapter's vectors are pooled.
+        If Transformers has no class for this base with the pooling of the adapter.
     """
     model, base_name, head_name = stock_model(config, state.pooling)
     base, head = model.get_submodule(base_name), model.get_submodule(head_name)
@@ -121,7 +123,7 @@ def merge(backbone: Backbone, state: AdapterState, config: PreTrainedConfig) -> 
 
 
 def _dense_state(quantized: PreTrainedModel, dense: nn.Module) -> dict[str, torch.Tensor]:
-    """Dequantize the weights of a base, in the layout of a dense one."""
+    """Dequantize the weights of a base into the layout of a dense one."""
     state = quantized.state_dict()
     values = {}
     for name in dense.state_dict():
@@ -134,12 +136,12 @@ def _dense_state(quantized: PreTrainedModel, dense: nn.Module) -> dict[str, torc
         else:
             value = state[name]
         dtype = torch.float32 if value.is_floating_point() else value.dtype
-        values[name] = value.to("cpu", dtype, copy=True)  # the base must not be merged into
+        values[name] = value.to("cpu", dtype, copy=True)  # a copy: the base stays as it is
     return values
 
 
 def _dequantized(weight: Any) -> torch.Tensor:
-    """Dequantize in float32, whatever the base computes in."""
+    """Dequantize a weight in float32, whatever precision the base computes in."""
     constants = copy.copy(weight.quant_state)
     constants.dtype = torch.float32
     return bnb.functional.dequantize_4bit(weight.data, constants)

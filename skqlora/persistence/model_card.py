@@ -1,4 +1,4 @@
-"""The page that tells people, and the Hub, what a saved classifier is."""
+"""The model card, a page that says to people and to the Hub what a saved classifier is."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from skqlora.adapter import Fitted
 
-MAX_CLASSES = 50  # named on the page
+MAX_CLASSES = 50  # the greatest number of classes that the page names
 TEMPLATE = """\
 ---
 {header}
@@ -40,12 +40,12 @@ def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
         The estimator's parameters.
     fitted : Fitted
     path : str
-        Where the classifier is to be loaded from.
+        The folder or the repository that the card says to load the classifier from.
 
     Returns
     -------
     card : str
-        Markdown with a header in YAML.
+        The page, in Markdown with a header in YAML.
     """
     from huggingface_hub import ModelCardData  # its import changes logging
 

@@ -1,8 +1,8 @@
-"""Adapters under PEFT's names: of a headless base, and of a sequence-classification model.
+"""Adapters under PEFT's names, for a headless base and for a sequence-classification model.
 
-Knows nothing of estimators. The same parameter has three names: ours, in the base; PEFT's on
-`AutoModel`, with a prefix; PEFT's on `AutoModelForSequenceClassification`, with that and the name
-of the base within the model.
+The same parameter has three names. This package uses its name in the base. PEFT's name on
+`AutoModel` has a prefix, and its name on `AutoModelForSequenceClassification` has that prefix and
+the name of the base within the model. This module knows nothing of estimators.
 """
 
 import json
@@ -18,7 +18,7 @@ from skqlora.settings.adapter_settings import LoraSettings
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 INFIX = ".default"  # PEFT's name of a model's only adapter, which files leave out
-MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, which files keep without ".weight"
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA; files leave out its ".weight"
 
 
 def write_adapter(
@@ -41,20 +41,20 @@ def write_adapter(
     folder : Path
     lora : LoraSettings
     tensors : mapping of str to ndarray
-        LoRA's parameters by their names in the base.
+        The parameters of LoRA, by their names in the base.
     model, revision : str
-        The base, for PEFT to find.
+        The name and the revision by which PEFT finds the base.
     lora_dropout : float
-        For whoever trains on.
+        The dropout for those who continue the training.
     fan_in_fan_out : bool, default=False
-        Whether the base has GPT-2's transposed layers, which it has unquantized alone. PEFT finds
-        that out too, and warns.
+        Whether the base has GPT-2's transposed layers, which it has only if it is not quantized.
+        PEFT finds that out too, and warns.
     within : str, default=""
-        Name of the base within the model that PEFT is to load, e.g. "bert".
+        The name of the base within the model that PEFT is to load, e.g. "bert".
     head : mapping of str to ndarray, optional
-        The head's parameters; with them it is an adapter for sequence classification.
+        The parameters of the head, which make this an adapter for sequence classification.
     head_name : str, default=""
-        Name of the head in that model: "score" or "classifier".
+        The name of the head in that model: "score" or "classifier".
     """
     from peft import LoraConfig, TaskType
 
@@ -67,7 +67,7 @@ def write_adapter(
         fan_in_fan_out=fan_in_fan_out,
         modules_to_save=None if head is None else [head_name],
     ).to_dict()
-    # A set has another order in each process.
+    # Sets are sorted, because they have another order in each process.
     config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -80,26 +80,27 @@ def write_adapter(
 
 
 def adapted_modules(names: Iterable[str]) -> list[str]:
-    """Name the modules of the base that carry an adapter, in full and sorted.
+    """Return the sorted full names of the base's modules that carry an adapter.
 
-    In full, since the end of a name may fit other modules of another model around the same base.
+    The names are full, since the end of a name may fit other modules of another model around the
+    same base.
     """
     return sorted({name.split(".lora_")[0] for name in names})
 
 
 def to_peft_name(name: str) -> str:
-    """Turn the name of a parameter in a base into that in a file."""
+    """Turn the name of a parameter in a base into its name in a file."""
     before, _, after = name.rpartition(INFIX)
     return before + (after.removesuffix(".weight") if before.endswith(MAGNITUDE) else after)
 
 
 def from_peft_name(name: str) -> str:
-    """Turn the name of a parameter in a file, without prefix, into that in a base.
+    """Turn the name of a parameter in a file, without the prefix, into its name in a base.
 
     Raises
     ------
     ValueError
-        If it is no parameter of LoRA.
+        If the name is not that of a parameter of LoRA.
     """
     module, lora, kind = name.rpartition(".lora_")
     if not lora:

@@ -1,9 +1,9 @@
-"""A fitted classifier as files, and back: JSON and safetensors, in a versioned format.
+"""Fitted classifiers written to files and read back: JSON and safetensors, in a versioned format.
 
-Knows nothing of models. Whatever the files hold, reading them runs no code of theirs.
+This module knows nothing of models. Whatever the files hold, reading them runs no code from them.
 
-The version rises when a reader of the one before would misread the files. A new key that an older
-reader may ignore does not raise it. Every version that was ever released stays readable.
+The version rises when a reader of the previous version would misread the files. A new key that an
+older reader may ignore does not raise it. Every version that was ever released stays readable.
 """
 
 import hashlib
@@ -29,20 +29,22 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SavedFiles:
-    """The files of a saved classifier.
+    """The names of the files of a saved classifier.
 
     Attributes
     ----------
     manifest : str
-        Parameters, classes and the other fitted attributes; SHA-256 of the files with tensors.
+        The parameters, the classes, the other fitted attributes, and the SHA-256 of the files with
+        tensors.
     adapter, adapter_config : str
-        LoRA on the headless base, as PEFT names it: `PeftModel.from_pretrained(AutoModel...)`.
+        The LoRA adapter of the headless base under PEFT's names, which
+        `PeftModel.from_pretrained(AutoModel...)` reads.
     head : str
         The linear layer over the pooled vector.
     optimizer : str
-        After `partial_fit` alone: the moments for the next one.
+        The optimizer's moments for the next `partial_fit`. Only `partial_fit` leaves this file.
     model_card : str
-        For people, and the Hub.
+        The page for people and the Hub.
     """
 
     manifest: str = "skqlora.json"
@@ -61,21 +63,21 @@ LABEL_KINDS = "OUbiufM"  # str, bool, int, float and dates
 def write_classifier(
     folder: Path, parameters: dict[str, Any], fitted: Fitted, version: str
 ) -> None:
-    """Write everything but PEFT's files, which must be there already, and the model card.
+    """Write all files except PEFT's, which must be there already, and the model card.
 
     Parameters
     ----------
     folder : Path
     parameters : dict
-        Of the estimator, by name.
+        The parameters of the estimator, by name.
     fitted : Fitted
     version : str
-        Of this package.
+        The version of this package.
 
     Raises
     ------
     ValueError
-        If a parameter cannot be written as JSON.
+        If a parameter or a label cannot be written as JSON.
     """
     adapter, optimizer, settings = fitted.adapter, fitted.optimizer_state, fitted.settings
     (folder / FILES.head).write_bytes(safetensors.numpy.save(dict(adapter.head_tensors)))
@@ -116,7 +118,7 @@ def write_classifier(
 
 
 class SavedClassifier(NamedTuple):
-    """What is read from a folder: parameters by name, what was fitted, and `Settings.settled`."""
+    """What a folder holds: the parameters by name, the fit and the result of `Settings.settled`."""
 
     parameters: dict[str, Any]
     fitted: Fitted
@@ -133,13 +135,13 @@ def read_classifier(folder: Path) -> SavedClassifier:
     Returns
     -------
     saved : SavedClassifier
-        Its `fitted` has no `settings` yet: they are put together from the parameters and `settled`,
-        which folders of older versions lack.
+        The classifier. Its `fitted` has no `settings` yet: they are put together from the
+        parameters and `settled`, which folders of older versions lack.
 
     Raises
     ------
     ValueError
-        If a file is not what was written, or of a newer format; the message names the file.
+        If a file is not what was written, or is of a newer format. The message names the file.
     OSError
         If a file is missing or cannot be read.
     """
@@ -210,7 +212,7 @@ def read_classifier(folder: Path) -> SavedClassifier:
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without this entry, however it is laid out."""
+    """Compute the SHA-256 of a manifest without its checksum, however it is laid out."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -219,7 +221,7 @@ def naming_the_file(
     path: str | os.PathLike,
     wanted: str = "the folder as `save` wrote it. Copy or save it again",
 ) -> Iterator[None]:
-    """Turn whatever goes wrong with a file's content into a ValueError that names the file."""
+    """Turn any error about the content of a file into a ValueError that names the file."""
     try:
         yield
     except Exception as error:  # parsers raise a dozen types: KeyError, RecursionError ...
@@ -230,7 +232,7 @@ def naming_the_file(
 
 
 def read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
-    """Read a file of safetensors, whose SHA-256 by its name must be among the hashes."""
+    """Read a safetensors file, and check its SHA-256 against that of its name in `hashes`."""
     data = path.read_bytes()
     with naming_the_file(path):
         if hashes.get(path.name) != hashlib.sha256(data).hexdigest():
@@ -239,7 +241,7 @@ def read_tensors(path: Path, hashes: dict[str, str]) -> dict[str, np.ndarray]:
 
 
 def check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
-    """Refuse tensors that no adapter of that rank has."""
+    """Refuse tensors that no adapter with the rank of `lora` has."""
     kinds: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         _check_numbers(name, tensor)
@@ -256,7 +258,7 @@ def check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
 
 
 def check_head(tensors: dict[str, np.ndarray], n_classes: int) -> None:
-    """Refuse tensors that no linear head of that many classes has."""
+    """Refuse tensors that no linear head of `n_classes` classes has."""
     if not {"weight"} <= tensors.keys() <= {"weight", "bias"}:
         raise ValueError(f"it holds {sorted(tensors)} instead of a weight and a bias")
     for name, tensor in tensors.items():
@@ -273,7 +275,7 @@ def _check_numbers(name: str, tensor: np.ndarray) -> None:
 
 
 def typed(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """Look a value up; of its exact type, since a bool is an int to isinstance."""
+    """Look up a value and check its exact type, since a bool is an int to `isinstance`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(mapping, dict) or key not in mapping or type(mapping[key]) not in kinds:
         raise ValueError(f"it has no {key!r} of type {kinds[0].__name__}")
@@ -281,7 +283,7 @@ def typed(mapping: Any, key: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def _to_json(value: Any, name: str) -> Any:
-    """Write a parameter; a dict as its items, since JSON has only str as keys."""
+    """Turn a parameter into JSON, and a dict into its items, since JSON has only str as keys."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -328,17 +330,17 @@ def _classes_from_json(classes: dict[str, Any]) -> np.ndarray:
 
 
 def scores_to_json(scores: list[float] | None) -> list[float | None] | None:
-    """Write nan, which JSON lacks, as null."""
+    """Turn NaN, which JSON lacks, into None."""
     return None if scores is None else [None if math.isnan(score) else score for score in scores]
 
 
 def scores_from_json(scores: list[float | None] | None) -> list[float] | None:
-    """Read null as nan."""
+    """Turn None back into NaN."""
     return None if scores is None else [math.nan if s is None else float(s) for s in scores]
 
 
 def _settled_from_json(settled: Any) -> dict[str, Any] | None:
-    """Check what `Settings.settled` returned; None where there is none."""
+    """Check what `Settings.settled` returned; return None if there is nothing."""
     if settled is None:
         return None
     types = {
@@ -377,7 +379,7 @@ def _text_from_json(of_adapter: dict[str, Any]) -> TextSettings:
 
 
 def optimizer_arrays(optimizer: OptimizerState) -> dict[str, np.ndarray]:
-    """Name the arrays of an optimizer's state by the number of their tensor."""
+    """Return the arrays of an optimizer's state, named by the number of their tensor."""
     return {
         f"{number}.{name}": value
         for number, state in enumerate(optimizer.states)
@@ -387,7 +389,7 @@ def optimizer_arrays(optimizer: OptimizerState) -> dict[str, np.ndarray]:
 
 
 def optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
-    """Write what is no array of an optimizer's state."""
+    """Return the part of an optimizer's state that is not arrays, as JSON."""
     scalars = [
         {name: value for name, value in state.items() if not isinstance(value, np.ndarray)}
         for state in optimizer.states
@@ -403,7 +405,7 @@ def optimizer_to_json(optimizer: OptimizerState) -> dict[str, Any]:
 def optimizer_from_json(
     optimizer: dict[str, Any], moments: dict[str, np.ndarray]
 ) -> OptimizerState:
-    """Put an optimizer's state together again."""
+    """Put an optimizer's state together again from its JSON and its arrays."""
     states: list[dict[str, Any]] = [dict(scalars) for scalars in optimizer["scalars"]]
     for key, value in moments.items():
         number, _, name = key.partition(".")

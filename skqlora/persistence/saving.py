@@ -34,7 +34,7 @@ def save(
     estimator : QLoRAClassifier
     path : str or path
     name : str
-        Where the model card says to load from.
+        The folder or the repository that the model card says to load from.
     overwrite : bool, default=False
     """
     check_is_fitted(estimator)
@@ -101,17 +101,16 @@ def push_to_hub(estimator: BaseEstimator, repo_id: str, *, private: bool | None)
         )
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "classifier"
-        save(
-            estimator, folder, repo_id
-        )  # what cannot be written shows before there is a repository
+        # What cannot be written shows here, before there is a repository.
+        save(estimator, folder, repo_id)
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # Now the card has the name of the organisation too.
+        # Now the card gets the name of the organisation too.
         _write_card(folder, estimator.get_params(deep=False), estimator._get_fitted(), repo_id)
         commit = HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
             commit_message="Text classifier of skqlora",
-            delete_patterns=list(ALL_FILES),  # of an earlier one
+            delete_patterns=list(ALL_FILES),  # the files of an earlier one
         )
     return commit.commit_url
 
@@ -144,7 +143,7 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
             os.fspath(path), revision=revision, allow_patterns=list(ALL_FILES)
         )
     except OSError as error:
-        if error.errno is not None:  # of the disk; the Hub's own have none, and name no path
+        if error.errno is not None:  # of the disk: the Hub's own have none and name no path
             raise
         raise FileNotFoundError(
             f"Got path={os.fspath(path)!r}. There is no such folder in {os.getcwd()!r}, and it "

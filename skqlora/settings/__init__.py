@@ -1,4 +1,4 @@
-"""What a user may choose, the rules for what a user leaves open, and the choices of one fit.
+"""The choices that a user has, the rules behind "auto", and the settings of one fit.
 
-Knows nothing of texts, models or files: plain values come in, plain values go out.
+This package knows nothing about texts, models or files: plain values come in and go out.
 """

@@ -1,4 +1,4 @@
-"""The settings that an adapter is tied to, and that are therefore saved with it."""
+"""The settings that an adapter depends on and that are therefore saved with it."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ TRUNCATIONS = "head", "tail", "head+tail", "windows"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter's shape and first values depend on, in PEFT's names."""
+    """The settings that decide an adapter's shape and initial values, by their names in PEFT."""
 
     r: int
-    lora_alpha: float  # PEFT annotates an int, but only divides it
+    lora_alpha: float  # PEFT annotates it as an int, but only divides it
     target_modules: str | tuple[str, ...]
     use_rslora: bool
     use_dora: bool
@@ -20,13 +20,13 @@ class LoraSettings:
 
     @property
     def scaling(self) -> float:
-        """Factor of LoRA's output: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+        """The factor of LoRA's output: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How a text becomes token ids, in the names of the estimator's parameters."""
+    """The settings for turning a text into token ids, named like the estimator's parameters."""
 
     max_length: int
     truncation: str = "head"

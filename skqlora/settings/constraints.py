@@ -1,4 +1,4 @@
-"""What values the parameters of `QLoRAClassifier` may have, in scikit-learn's terms."""
+"""The values that the parameters of `QLoRAClassifier` may have, in scikit-learn's notation."""
 
 import os
 from numbers import Integral, Real
@@ -25,7 +25,7 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "cache_dtype": [StrOptions({"auto", "bfloat16"}), None],
     "use_rslora": ["boolean"],
     "use_dora": ["boolean"],
-    # Other starts of PEFT write to the base, which is shared.
+    # PEFT's other ways to initialize LoRA write to the base, which is shared.
     "init_lora_weights": [Options(bool, {True}), StrOptions({"gaussian"})],
     "init_head_weights": [StrOptions({"normal", "probe", "class_names"})],
     "pooling": [StrOptions({"auto", "last", "mean", "cls", "pooler"})],

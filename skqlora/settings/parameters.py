@@ -1,4 +1,4 @@
-"""The estimator's parameters as typed values, read from it in this one place."""
+"""The estimator's parameters as typed values. Only this module reads them from the estimator."""
 
 import os
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from skqlora.settings.adapter_settings import LoraSettings
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the user asks of a fit; "auto" stands where the choice is left to us.
+    """The parameters that the user chose for a fit; "auto" leaves the choice to this package.
 
-    The names and their meaning are those of the estimator's parameters. The parameters that are not
-    here (`scoring`, `class_weight`, `random_state` and what else says when a fit begins, is scored
-    or ends) are used up by the estimator itself.
+    The names and their meaning are those of the estimator's parameters. Parameters that decide how
+    a fit begins, is scored or ends (`scoring`, `class_weight`, `random_state` ...) are not here,
+    because only the estimator itself uses them.
     """
 
     model: str
@@ -56,17 +56,17 @@ class Parameters:
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Self:
-        """Read them from what an estimator's `get_params` returns, which were validated before."""
+        """Make the parameters from the result of `get_params` of a validated estimator."""
         return cls(**{field.name: _plain(params[field.name]) for field in fields(cls)})
 
     @property
     def batch_rows(self) -> int:
-        """Number of texts in one update."""
+        """The number of texts in one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
     def lora(self) -> LoraSettings:
-        """The adapter that is asked for, its target modules as the user names them."""
+        """The settings of the adapter, with the target modules as the user names them."""
         alpha = float(self.lora_alpha)
         return LoraSettings(
             r=self.lora_r,
@@ -79,7 +79,7 @@ class Parameters:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without types of NumPy, paths or lists: hashable, and the same as JSON."""
+    """Replace NumPy types, paths and lists by plain values that are hashable and survive JSON."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, os.PathLike):

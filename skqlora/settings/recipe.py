@@ -1,24 +1,25 @@
-"""What a training's numbers are where the user leaves them to us: the rules behind "auto"."""
+"""The rules behind "auto": the numbers of a training that the user leaves to this package."""
 
 import math
 
 AUTO_MAX_LENGTH = 512  # tokens
-RATE_FACTOR = 0.5  # of LoRA's learning rate over the rule below
-HEAD_RATE_FACTOR = 10.0  # of the head's learning rate over LoRA's
-AUTO_UPDATES = 300  # that a training should have, as far as the bounds of its epochs allow
-AUTO_EPOCHS = 3, 20
+RATE_FACTOR = 0.5  # LoRA's learning rate divided by that of `scaled_learning_rate`
+HEAD_RATE_FACTOR = 10.0  # the head's learning rate divided by LoRA's
+AUTO_UPDATES = 300  # the updates that a training should have, if the bounds of its epochs allow it
+AUTO_EPOCHS = 3, 20  # the fewest and the most
 
 
 def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
-    """LoRA's peak rate by the width of the model.
+    """Compute LoRA's peak learning rate from the width of the model.
 
-    "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): 10 times the 5e-5 of full
-    fine-tuning at a width of 2000, times (2000 / width) to a power fitted for each family.
+    The rule is from "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): 10 times the
+    5e-5 of full fine-tuning at a width of 2000, times (2000 / width) to a power that was fitted for
+    each family.
 
     Parameters
     ----------
     model_type : str
-        transformers' name of the family.
+        The name of the family in transformers.
     hidden_size : int
 
     Returns
@@ -30,7 +31,7 @@ def scaled_learning_rate(model_type: str, hidden_size: int) -> float:
 
 
 def auto_learning_rate(model_type: str, hidden_size: int) -> float:
-    """LoRA's peak rate where the user chooses none: half of what `scaled_learning_rate` says.
+    """Compute LoRA's default peak learning rate: half of what `scaled_learning_rate` returns.
 
     The half was chosen with one small encoder, on TREC-6, BANKING77 and CLINC150
     (``docs/how_well.md``).
@@ -48,13 +49,13 @@ def auto_learning_rate(model_type: str, hidden_size: int) -> float:
 
 
 def auto_epochs(n_texts: int, batch_rows: int) -> int:
-    """Count the epochs that give a training enough updates: many for few texts.
+    """Compute the number of epochs that gives a training enough updates: many for few texts.
 
     Parameters
     ----------
     n_texts : int
     batch_rows : int
-        Texts of one update.
+        The number of texts in one update.
 
     Returns
     -------

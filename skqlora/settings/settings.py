@@ -1,4 +1,4 @@
-"""What one fit does: the parameters, with a choice in the place of every "auto"."""
+"""The settings of one fit: its parameters, with a choice in the place of every "auto"."""
 
 import html
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from skqlora.settings.recipe import (
     auto_learning_rate,
 )
 
-# What a fit settles: the parameters that may be "auto", in the order of the table.
+# The parameters that may be "auto" and that a fit therefore settles, in the order of the table.
 SETTLED = (
     "device",
     "compute_dtype",
@@ -31,7 +31,7 @@ SETTLED = (
 class Settings(Parameters):
     """The parameters of a fit, with what was chosen in the place of every "auto".
 
-    Its attributes have the names and the meaning of the estimator's parameters. Printed, it is a
+    Its attributes have the names and the meaning of the estimator's parameters. Printing it shows a
     table of the ones that may be "auto".
 
     Attributes
@@ -43,7 +43,7 @@ class Settings(Parameters):
     max_length : int
         The greatest number of tokens of a text.
     pooling : {"last", "mean", "cls", "pooler"}
-        How the hidden states of a text become one vector.
+        The way in which the hidden states of a text become one vector.
     num_train_epochs : int
         The number of passes over the training texts, unless the fit stopped earlier.
     learning_rate, head_learning_rate : float
@@ -51,8 +51,8 @@ class Settings(Parameters):
     gradient_checkpointing : bool
         Whether activations were computed again instead of being kept.
     incremental : bool
-        Whether this was a call of `partial_fit`: one epoch of an unknown number, so that the rates
-        are constant after a warm-up.
+        Whether this was a call of `partial_fit`, which trains one epoch of an unknown number, so
+        that the rates are constant after a warm-up.
     chosen : tuple of str
         The names of the parameters that were "auto".
     """
@@ -67,17 +67,17 @@ class Settings(Parameters):
 
     @property
     def text(self) -> TextSettings:
-        """How a text becomes token ids."""
+        """The settings for turning a text into token ids."""
         return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
 
     def settled(self) -> dict[str, Any]:
-        """Return what the fit settled, by name: what cannot be told from the parameters."""
+        """Return what the fit settled, by name, since the parameters alone do not determine it."""
         names = (*SETTLED, "incremental", "chosen")
         return {name: value for name, value in asdict(self).items() if name in names}
 
     @classmethod
     def from_settled(cls, parameters: Parameters, settled: Mapping[str, Any]) -> Self:
-        """Put together again what `settled` returned and the parameters."""
+        """Rebuild the settings from the parameters and from what `settled` returned."""
         settled = {**settled, "chosen": tuple(settled["chosen"])}
         return cls(**asdict(parameters) | settled)
 
@@ -100,7 +100,7 @@ class Settings(Parameters):
         return f"<table><caption>Settings of the fit</caption><tbody>{rows}</tbody></table>"
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        """Name, value and who chose it."""
+        """Return the rows of the table: a name, its value and who chose it."""
         rows = []
         for name in SETTLED:
             value = getattr(self, name)
@@ -122,25 +122,25 @@ def resolve_settings(
     hidden_size: int,
     incremental: bool = False,
 ) -> Settings:
-    """Replace every "auto" of the parameters by what the rules of `recipe` and the model say.
+    """Replace every "auto" of the parameters by the choice of `recipe` or of the caller.
 
     Parameters
     ----------
     parameters : Parameters
     device, compute_dtype, pooling : str
-        What they are for this machine and this model.
+        The values for this machine and this model.
     max_length : int
-        By `resolve_max_length`.
+        The result of `resolve_max_length`.
     num_train_epochs : int
-        By `resolve_epochs`; 1 for an incremental training.
+        The result of `resolve_epochs`, or 1 for an incremental training.
     gradient_checkpointing : bool
-        What the memory of this machine asks for.
+        The choice that the memory of this machine requires.
     model_type : str
-        transformers' name of the family, e.g. "llama".
+        The name of the family in transformers, e.g. "llama".
     hidden_size : int
-        Number of features of a last hidden state.
+        The number of features of a last hidden state.
     incremental : bool, default=False
-        Train one epoch, at rates that do not decay.
+        Whether to train one epoch, at rates that do not decay.
 
     Returns
     -------
@@ -170,7 +170,7 @@ def resolve_settings(
 
 
 def resolve_epochs(parameters: Parameters, n_texts: int) -> int:
-    """Choose the number of passes over so many training texts."""
+    """Choose the number of passes over this many training texts."""
     n_epochs = parameters.num_train_epochs
     if isinstance(n_epochs, str):
         return auto_epochs(n_texts, parameters.batch_rows)
@@ -193,7 +193,7 @@ def resolve_max_length(parameters: Parameters, limit: int) -> int:
     Raises
     ------
     ValueError
-        If the user asks for more than the model takes.
+        If the user asks for more tokens than the model takes.
     """
     max_length = parameters.max_length
     if isinstance(max_length, str):
@@ -207,7 +207,7 @@ def resolve_max_length(parameters: Parameters, limit: int) -> int:
 
 
 def resolve_text(parameters: Parameters, limit: int) -> TextSettings:
-    """Say how the texts of a fit become token ids.
+    """Choose the settings for turning the texts of a fit into token ids.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a user passes as texts, labels and weights, and how texts become batches of token ids.
+"""The texts, labels and weights that a user passes, and the way from texts to token-id batches.
 
-Knows nothing of models.
+This package knows nothing about models.
 """

@@ -1,6 +1,6 @@
-"""Token ids to batches.
+"""The way from token ids to batches.
 
-Knows nothing of texts, of labels or of models: a batch is an array of row numbers.
+This module knows nothing about texts, labels or models: a batch is an array of row numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,25 +9,25 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-MEGABATCHES_MIN = 4  # an epoch is cut into at least so many megabatches, to keep batches random
-MEGABATCH_SIZE_MAX = 50  # effective batches that are sorted by length together
-CPU_TRAINING_TOKENS = 2048  # of a padded pass on a CPU: the fastest on two cores
+MEGABATCHES_MIN = 4  # an epoch has at least this many megabatches, to keep the batches random
+MEGABATCH_SIZE_MAX = 50  # the most effective batches that are sorted by length together
+CPU_TRAINING_TOKENS = 2048  # the most tokens in a padded pass on a CPU: the fastest on two cores
 
 
 class TokenizedTexts:
-    """Texts as token ids, to be drawn in padded batches.
+    """Texts as token ids, which are drawn in padded batches.
 
     Parameters
     ----------
     sequences : sequence of sequences of int, of length n_texts
-        Token ids, at least one each.
+        The token ids of each text, at least one each.
     pad_id : int
-        Any id will do: padding is masked, and never recognised by its id.
+        The id for padding. Any id will do, since padding is masked and never recognised by its id.
 
     Attributes
     ----------
     lengths : ndarray of shape (n_texts,)
-        Tokens of each text.
+        The number of tokens of each text.
     """
 
     def __init__(self, sequences: Sequence[ArrayLike], pad_id: int):
@@ -45,8 +45,8 @@ class TokenizedTexts:
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack the token ids of `rows`, padded to the longest of them.
 
-        Always on the right, whatever the tokenizer's `padding_side`: models count positions from
-        the first column, so padding on the left would shift every text.
+        The padding is always on the right, whatever the tokenizer's `padding_side` is. Models count
+        positions from the first column, so padding on the left would shift every text.
 
         Parameters
         ----------
@@ -56,7 +56,7 @@ class TokenizedTexts:
         -------
         input_ids : torch.Tensor of shape (n_rows, n_tokens), int64
         attention_mask : torch.Tensor of shape (n_rows, n_tokens), int64
-            1 for tokens, 0 for padding.
+            The mask, which is 1 for tokens and 0 for padding.
         """
         lengths = self.lengths[rows]
         mask = np.arange(lengths.max()) < lengths[:, None]
@@ -70,22 +70,22 @@ def training_batches(
 ) -> list[np.ndarray]:
     """Cut one epoch into batches of rows of similar length, in random order.
 
-    The rows are shuffled, cut into megabatches, sorted by length within each, cut into batches,
-    and the batches are shuffled. Rows of a batch come longest first.
+    The rows are shuffled and cut into megabatches. The rows of each megabatch are sorted by length
+    and cut into batches, and the batches are shuffled. The rows of a batch come longest first.
 
     Parameters
     ----------
     lengths : ndarray of shape (n_rows,)
-        Tokens of each row.
+        The number of tokens of each row.
     batch_rows : int
-        Rows of a batch, i.e. of one update of the weights.
+        The number of rows in a batch, i.e. in one update of the weights.
     rng : numpy.random.RandomState
 
     Returns
     -------
     batches : list of ndarray of int
-        Row numbers; each row is in one batch. One batch is smaller where `batch_rows` does not
-        divide the number of rows.
+        The row numbers of each batch. Each row is in one batch. One batch is smaller if
+        `batch_rows` does not divide the number of rows.
     """
     n_batches = len(lengths) // (batch_rows * MEGABATCHES_MIN)
     megabatch_rows = batch_rows * int(np.clip(n_batches, 1, MEGABATCH_SIZE_MAX))
@@ -99,16 +99,16 @@ def training_batches(
 
 
 def largest_pass(batch_size: int, longest: int, *, on_cpu: bool) -> int:
-    """Tell how many texts of the greatest length share a forward pass of a training.
+    """Compute how many texts of the greatest length share a forward pass of a training.
 
     Parameters
     ----------
     batch_size : int
-        The most that may.
+        The greatest number of texts that may share a pass.
     longest : int
-        Tokens of each.
+        The number of tokens of each text.
     on_cpu : bool
-        On a CPU fewer long texts share a pass than may: that is faster.
+        Whether the training is on a CPU, where fewer long texts share a pass, which is faster.
 
     Returns
     -------
@@ -125,14 +125,14 @@ def cut_by_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[slice]:
     Parameters
     ----------
     lengths : ndarray of shape (n_rows,)
-        Tokens of each row.
+        The number of tokens of each row.
     max_tokens : int
-        Greatest number of rows times columns of a part; a longer row is a part of its own.
+        The greatest number of rows times columns of a part. A longer row is a part of its own.
 
     Yields
     ------
     part : slice
-        Of the rows.
+        A slice of the rows.
     """
     start = 0
     while start < len(lengths):
@@ -142,24 +142,24 @@ def cut_by_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[slice]:
 
 
 def rounded_up_length(length: int) -> int:
-    """Round a number of tokens up by at most a sixteenth: few different ones, little padding."""
+    """Round a number of tokens up by at most a sixteenth, for few lengths and little padding."""
     step = 1 << max(0, length.bit_length() - 5)
     return -(-length // step) * step
 
 
 def prediction_batches(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Cut rows into batches by length, longest first, as `cut_by_tokens` does.
+    """Sort rows by length, longest first, and cut them into batches as `cut_by_tokens` does.
 
     Parameters
     ----------
     lengths : ndarray of shape (n_rows,)
-        Tokens of each row.
+        The number of tokens of each row.
     max_tokens : int
 
     Yields
     ------
     rows : ndarray of int
-        Row numbers.
+        The row numbers of a batch.
     """
     order = np.argsort(-lengths, kind="stable")
     for part in cut_by_tokens(lengths[order], max_tokens):

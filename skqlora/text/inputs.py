@@ -1,6 +1,6 @@
-"""What texts, labels and weights may look like: refused here, or made plain.
+"""Checks of a user's texts, labels and weights, which are refused or turned into plain values.
 
-Knows nothing of models: bad input is told before one is loaded.
+This module knows nothing about models: bad input is reported before a model is loaded.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def check_texts(X: Any, name: str = "X") -> list[str]:
     ----------
     X : list, tuple, Series or array of str, of shape (n_texts,), or a table with one column
     name : str, default="X"
-        What the user calls it.
+        The user's name for `X`.
 
     Returns
     -------
@@ -33,9 +33,9 @@ def check_texts(X: Any, name: str = "X") -> list[str]:
     Raises
     ------
     TypeError
-        If `X` is no sequence, or one of its entries is no str: the message names its position.
+        If `X` is not a sequence, or if an entry is not a str. The message names its position.
     ValueError
-        If `X` is empty, has several columns, or a text is no valid Unicode.
+        If `X` is empty or has several columns, or if a text is not valid Unicode.
     """
     wanted = "Wanted: a list, Series or array of str."
     if isinstance(X, (str, bytes)):
@@ -77,11 +77,11 @@ class LabelledTexts:
     ----------
     texts : list of str, of length n_texts
     classes : ndarray of shape (n_classes,)
-        In the labels' own dtype. For a multilabel indicator the numbers of its columns.
+        The classes in the labels' own dtype, or the numbers of a multilabel indicator's columns.
     targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
-        Class numbers, or a multilabel indicator of 0 and 1.
+        The class numbers, or a multilabel indicator of 0 and 1.
     sample_weight : ndarray of shape (n_texts,), float64, or None
-        Without zeros. None is one for each.
+        The weights, without zeros. None gives each text a weight of one.
     """
 
     texts: list[str]
@@ -119,7 +119,7 @@ def check_labelled_texts(
     classes: np.ndarray | None = None,
     suffix: str = "",
 ) -> LabelledTexts:
-    """Put checked texts, a user's labels and weights together; rows of weight zero are left out.
+    """Combine checked texts with a user's labels and weights; leave out rows of weight zero.
 
     Parameters
     ----------
@@ -127,14 +127,14 @@ def check_labelled_texts(
     y : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight : array-like of shape (n_texts,) or float, optional
     classes : ndarray of shape (n_classes,), optional
-        The only ones that there may be. Without them `y` must have two or more.
+        The only classes that `y` may have. Without them `y` must have two or more.
     suffix : str, default=""
-        Of the names that the user gives all of them.
+        The suffix of the user's names for texts, labels and weights.
 
     Raises
     ------
     ValueError
-        If labels or weights are not what they should be, or not one for each text.
+        If labels or weights are invalid, or if there is not one for each text.
     """
     classes, targets = check_labels(y, len(texts), classes, suffix)
     sample_weight = check_sample_weight(sample_weight, len(texts), f"sample_weight{suffix}")
@@ -147,12 +147,13 @@ def check_labelled_texts(
 def is_validation_given(
     X_val: Any, y_val: Any, sample_weight_val: Any, early_stopping: bool
 ) -> bool:
-    """Tell whether early stopping is to score texts of the user's.
+    """Check whether the user passed texts for early stopping to score.
 
     Raises
     ------
     ValueError
-        If texts or labels are missing, or there is no early stopping.
+        If the texts or the labels are missing from what was passed, or if there is no early
+        stopping.
     """
     values = {"X_val": X_val, "y_val": y_val, "sample_weight_val": sample_weight_val}
     given = [name for name, value in values.items() if value is not None]
@@ -164,7 +165,7 @@ def is_validation_given(
         )
     if given and not early_stopping:
         raise ValueError(
-            f"Got {' and '.join(given)} with early_stopping=False, which would not look at them. "
+            f"Got {' and '.join(given)} with early_stopping=False, which would ignore them. "
             "Wanted: early_stopping=True, or none of them."
         )
     return bool(given)
@@ -173,7 +174,7 @@ def is_validation_given(
 def check_validation(
     texts: list[str], y_val: Any, sample_weight_val: Any, training: LabelledTexts
 ) -> LabelledTexts:
-    """Put what early stopping scores together; the labels must be of those to train on.
+    """Combine texts and labels for early stopping to score, with the classes of the training.
 
     Parameters
     ----------
@@ -181,17 +182,18 @@ def check_validation(
     y_val : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight_val : array-like of shape (n_texts,) or None
     training : LabelledTexts
+        The texts and labels to train on.
 
     Raises
     ------
     ValueError
-        If they are not what they should be, or of another kind than those to train on.
+        If labels or weights are invalid, or if the labels are of another kind than in training.
     """
     table = check_labelled_texts(texts, y_val, sample_weight_val, training.classes, suffix="_val")
     if table.multilabel != training.multilabel:
         kinds = ["one label for each text", "a multilabel indicator"]
         raise ValueError(
-            f"Got as y_val {kinds[table.multilabel]}, but as y {kinds[training.multilabel]}. "
+            f"Got {kinds[table.multilabel]} as y_val, but {kinds[training.multilabel]} as y. "
             "Wanted: both of one kind."
         )
     return table
@@ -205,24 +207,24 @@ def check_labels(
     Parameters
     ----------
     y : array-like of shape (n_texts,), or array-like or sparse matrix of shape (n_texts, n_labels)
-        One label for each text, or a multilabel indicator of 0 and 1.
+        A label for each text, or a multilabel indicator of 0 and 1.
     n_texts : int
     classes : ndarray of shape (n_classes,), optional
-        Sorted; the only ones that there may be. Without them `y` must have two or more.
+        The only classes that `y` may have, sorted. Without them `y` must have two or more.
     suffix : str, default=""
-        Of the names that the user gives texts and labels.
+        The suffix of the user's names for texts and labels.
 
     Returns
     -------
     classes : ndarray of shape (n_classes,)
-        In the labels' own dtype; the numbers of an indicator's columns.
+        The classes in the labels' own dtype, or the numbers of an indicator's columns.
     targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
 
     Raises
     ------
     ValueError
-        If labels are missing, of mixed types, continuous, not one for each text, all the same, or
-        not among `classes`; if an indicator has other values than 0 and 1.
+        If labels are missing, of mixed types, continuous, all the same or not among `classes`, if
+        there is not one for each text, or if an indicator has other values than 0 and 1.
     """
     if y is None:
         raise ValueError("QLoRAClassifier requires y to be passed, but the target y is None.")
@@ -237,7 +239,7 @@ def check_labels(
         return _check_indicator(labels, classes, name)
     labels = _check_column(column_or_1d(labels, warn=True), name)
     if isinstance(y, (list, tuple)) and labels.dtype == object:
-        labels = labels.astype(str)  # as NumPy makes of a list
+        labels = labels.astype(str)  # the dtype that NumPy gives a list of str
     if classes is None:
         classes, targets = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
@@ -250,8 +252,8 @@ def check_labels(
     unknown = [label for label in np.unique(labels).tolist() if label not in numbers]
     if unknown:
         raise ValueError(
-            f"Got labels in {name} that are not among the classes: {_short(unknown)}. Wanted: of "
-            f"{_short(classes.tolist())} alone. Drop those rows, or fit anew with all classes."
+            f"Got labels in {name} that are not among the classes: {_short(unknown)}. Wanted: only "
+            f"{_short(classes.tolist())}. Drop those rows, or fit anew with all classes."
         )
     return classes, np.array([numbers[label] for label in labels.tolist()])
 
@@ -263,17 +265,17 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
     ----------
     classes : array-like of shape (n_classes,) or None
     earlier : ndarray of shape (n_classes,) or None
-        Those of the pieces before.
+        The classes of the earlier pieces.
 
     Returns
     -------
     classes : ndarray of shape (n_classes,)
-        Sorted.
+        The classes, sorted.
 
     Raises
     ------
     ValueError
-        If there are none, fewer than two, or other ones than before.
+        If there are no classes, fewer than two, or other ones than before.
     """
     if classes is None:
         if earlier is None:
@@ -295,21 +297,21 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
 
 
 def check_same_classes(table: LabelledTexts, classes: np.ndarray, multilabel: bool) -> None:
-    """Refuse to go on with a head that is not of the table's classes.
+    """Refuse to continue a fit that had other classes than the table.
 
     Raises
     ------
     ValueError
-        If they are not those that were fitted.
+        If the table's classes are not the fitted ones.
     """
     if not np.array_equal(table.classes, classes) or table.multilabel != multilabel:
         kinds = [
             "multilabel" if kind else "one for each text" for kind in (table.multilabel, multilabel)
         ]
         raise ValueError(
-            f"Got y of the classes {_short(table.classes.tolist())} ({kinds[0]}) but the fit to go "
-            f"on from has {_short(classes.tolist())} ({kinds[1]}). Wanted: the same classes, or "
-            "`fit` with warm_start=False."
+            f"Got y with the classes {_short(table.classes.tolist())} ({kinds[0]}) but the fit to "
+            f"continue from has {_short(classes.tolist())} ({kinds[1]}). Wanted: the same classes, "
+            "or `fit` with warm_start=False."
         )
 
 
@@ -323,7 +325,7 @@ def check_sample_weight(
     sample_weight : array-like of shape (n_texts,), float or None
     n_texts : int
     name : str, default="sample_weight"
-        What the user calls it.
+        The user's name for the weights.
 
     Returns
     -------
@@ -332,12 +334,12 @@ def check_sample_weight(
     Raises
     ------
     ValueError
-        If a weight is negative, not finite, no number, or all are zero.
+        If a weight is negative, infinite, NaN or not numeric, or if all weights are zero.
     """
     if sample_weight is None:
         return None
     weights = np.asarray(sample_weight)
-    if weights.dtype.kind not in "biuf":  # pandas' own numbers arrive as objects
+    if weights.dtype.kind not in "biuf":  # numbers of pandas' own types arrive as objects
         try:
             weights = weights.astype(np.float64)
         except (TypeError, ValueError) as error:
@@ -363,23 +365,23 @@ def check_sample_weight(
 
 
 def _as_array(y: Any, name: str) -> np.ndarray:
-    """Turn labels into an array without making text of what is not."""
+    """Turn labels into an array without turning other types into text."""
     if scipy.sparse.issparse(y):
         return y.toarray()
     if not isinstance(y, (list, tuple)):
         labels = np.asarray(y)
         if labels.ndim == 0:
             raise ValueError(f"Got {name} = {_short(y)}. Wanted: one label for each text.")
-        return labels.astype(object) if labels.dtype.kind == "T" else labels  # NumPy's new strings
-    # NumPy would turn ["a", nan] and ["a", 1] into text: look at a list's own entries first.
+        return labels.astype(object) if labels.dtype.kind == "T" else labels  # "T" is StringDType
+    # NumPy would turn ["a", nan] and ["a", 1] into text, so keep a list's entries as they are.
     try:
         return np.array(y, dtype=object)
-    except ValueError as error:  # labels that are arrays of different lengths
+    except ValueError as error:  # the labels are arrays of different lengths
         raise ValueError(f"Got {name} that is no array: {error}. {SEVERAL_LABELS}") from error
 
 
 def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
-    """Refuse a column of labels that are not of one kind; return it in their dtype."""
+    """Refuse a column of labels of different kinds; return other columns in the labels' dtype."""
     if labels.dtype != object:
         labels = _check_no_missing(labels, name)
         if labels.dtype.kind == "f" and not np.isfinite(labels).all():
@@ -398,7 +400,7 @@ def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
                 "[str(label) for label in y]."
             )
         if not isinstance(labels[0], str):
-            # Numbers, bools or dates of a list or of pandas.
+            # The labels are numbers, bools or dates, from a list or from pandas.
             typed = np.array(labels.tolist())
             if typed.dtype == object or typed.ndim != 1:
                 raise ValueError(
@@ -426,7 +428,7 @@ def _check_indicator(
     n_labels = values.shape[1]
     if classes is not None and not np.array_equal(classes, np.arange(n_labels)):
         raise ValueError(
-            f"Got a multilabel {name} with {n_labels} columns. Wanted: of the classes "
+            f"Got a multilabel {name} with {n_labels} columns. Wanted: the classes "
             f"{_short(classes.tolist())}, as before."
         )
     return np.arange(n_labels), values.astype(np.int64)
@@ -443,7 +445,7 @@ def _check_no_missing(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _well_formed(text: str, name: str) -> str:
-    """Return a plain str, refusing half a surrogate pair, which no tokenizer takes."""
+    """Return a plain str; refuse one with half a surrogate pair, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -455,7 +457,7 @@ def _well_formed(text: str, name: str) -> str:
 
 
 def _is_missing(label: Any) -> bool:
-    if label is None or type(label).__name__ in ("NAType", "NaTType"):  # pandas' own
+    if label is None or type(label).__name__ in ("NAType", "NaTType"):  # types of pandas
         return True
     if isinstance(label, np.datetime64):
         return bool(np.isnat(label))

@@ -1,6 +1,6 @@
-"""Texts to token ids, remembered for the folds and candidates of a search.
+"""The way from texts to token ids, which are remembered for the folds and candidates of a search.
 
-Knows nothing of labels, of models or of scikit-learn: a text is a ``str``.
+This module knows nothing about labels, models or scikit-learn: a text is a ``str``.
 """
 
 import functools
@@ -31,12 +31,12 @@ FINGERPRINTED_TEXTS = (
     "x_1 = f(a)[0] # \U0001f600 https://example.org/?q=1&r=2",
     "pneumonoultramicroscopicsilicovolcanoconiosis",
 )  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
-HEAD_PART = 4  # of a text of which head and tail are kept, the head is one part in so many
-CACHE_BYTES = 64_000_000  # of remembered texts and ids, for each tokenizer
+HEAD_PART = 4  # where head and tail of a text are kept, the head is one part in this many
+CACHE_BYTES = 64_000_000  # the most that each tokenizer uses for remembered texts and ids
 
 
 class Encoded(NamedTuple):
-    """A text's ids in one window or several, and whether some of them are in none."""
+    """The ids of a text in one or several windows, and whether some ids are in no window."""
 
     windows: tuple[np.ndarray, ...]
     is_cut: bool
@@ -46,16 +46,16 @@ class Encoded(NamedTuple):
 def load_tokenizer(
     model: str, revision: str | None = None, files: tuple = ()
 ) -> "CachingTokenizer":
-    """Load the tokenizer of a Hub model or a local folder, once a process.
+    """Load the tokenizer of a Hub model or a local folder, once per process.
 
     Parameters
     ----------
     model : str
-        A Hub id or a local folder.
+        The id of a model on the Hub, or a local folder.
     revision : str, optional
-        Branch, tag or commit on the Hub.
+        The branch, tag or commit on the Hub.
     files : tuple, default=()
-        Of a local folder, so that a changed folder is read again.
+        The files of a local folder, so that a changed folder is read again.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def load_tokenizer(
     """
     refusal = ValueError(
         f"model={model!r} has no tokenizer that can be loaded. Wanted: its tokenizer files "
-        "(tokenizer.json, tokenizer_config.json) beside its config.json; "
+        "(tokenizer.json, tokenizer_config.json) next to its config.json; "
         "`tokenizer.save_pretrained(folder)` writes them."
     )
     try:
@@ -76,9 +76,9 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 model, revision=revision, trust_remote_code=False
             )
-    except Exception as error:  # the libraries raise a dozen types here, KeyError and OSError too
+    except Exception as error:  # the libraries raise a dozen types, among them KeyError and OSError
         raise refusal from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up where there are no files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # it is made up, as there are no files
         raise refusal
     return CachingTokenizer(tokenizer)
 
@@ -90,14 +90,14 @@ def check_tokenizer(tokenizer: "CachingTokenizer", model: str, fingerprint: str)
     ----------
     tokenizer : CachingTokenizer
     model : str
-        What the user passed as `model`.
+        The `model` that the user passed.
     fingerprint : str
-        Fingerprint of the tokenizer that the adapter was trained with.
+        The fingerprint of the tokenizer that the adapter was trained with.
 
     Raises
     ------
     ValueError
-        If it is another one.
+        If the tokenizer is another one.
     """
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
@@ -109,15 +109,15 @@ def check_tokenizer(tokenizer: "CachingTokenizer", model: str, fingerprint: str)
 
 
 class CachingTokenizer:
-    """A tokenizer for any number of threads that remembers the texts it has seen.
+    """A tokenizer that any number of threads may use and that remembers the texts it has seen.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-        Its own truncation and padding are turned off for good: they are settings of the object,
-        which threads would overwrite for each other.
+        The tokenizer to wrap. Its own truncation and padding are turned off for good, because they
+        are settings of the object, which threads would overwrite for each other.
     max_bytes : int
-        Of what is remembered. The texts used longest ago go first.
+        The most that the remembered texts may take. The texts used longest ago are forgotten first.
     """
 
     def __init__(self, tokenizer: Any, max_bytes: int = CACHE_BYTES):
@@ -132,9 +132,10 @@ class CachingTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and of what some texts in many scripts become.
+        """The SHA-256 of the vocabulary and of the ids of some texts in many scripts.
 
-        Of what the tokenizer does and not of its files, which other versions write otherwise.
+        It depends on what the tokenizer does and not on its files, because other versions of the
+        libraries write these differently.
         """
         vocabulary = sorted(self._tokenizer.get_vocab().items())
         ids = [self._tokenizer(text, truncation=False)["input_ids"] for text in FINGERPRINTED_TEXTS]
@@ -142,47 +143,48 @@ class CachingTokenizer:
 
     @property
     def max_length(self) -> int:
-        """Greatest number of tokens that the tokenizer's files allow, special tokens included."""
+        """The greatest number of tokens, with special ones, that the tokenizer's files allow."""
         return self._tokenizer.model_max_length
 
     def ids_of_word(self, word: str) -> list[int]:
-        """Turn a word into ids as it would go on after a text, without special tokens."""
+        """Turn a word into the ids that it would have after a text, without special tokens."""
         both = (
             self._tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (" " + word, word)
         )
-        return min(both, key=len)  # some tokenizers put the space there themselves
+        return min(both, key=len)  # some tokenizers put a space before the word themselves
 
     def tokenize(
         self, texts: list[str], settings: TextSettings, vocab_size: int
     ) -> tuple[TokenizedTexts, np.ndarray]:
-        """Turn texts into token ids, of which special ones and those of a prompt are never cut.
+        """Turn texts into token ids without ever cutting special ones or those of a prompt.
 
         Parameters
         ----------
         texts : list of str, of length n_texts
         settings : TextSettings
         vocab_size : int
-            Number of tokens that the model knows.
+            The number of tokens that the model knows.
 
         Returns
         -------
         tokens : TokenizedTexts
             The windows of all texts in turn. An empty text becomes one begin- or end-of-text token
-            where the tokenizer adds none.
+            if the tokenizer adds none.
         counts : ndarray of int, of shape (n_texts,)
-            Windows of each text: more than one for long ones, if those were asked for.
+            The number of windows of each text, which is above 1 only for long texts and with
+            truncation "windows".
 
         Raises
         ------
         ValueError
-            If `max_length` leaves no room for a token of the text, or not for `stride`, or the
-            tokenizer is not the model's or too simple for a prompt.
+            If `max_length` leaves no room for a token of the text or too little for `stride`, or if
+            the tokenizer is not the model's or is too simple for a prompt.
 
         Warns
         -----
         UserWarning
-            If texts were cut: with their share.
+            If texts were cut. The message says how large a share of them.
         """
         self._check_max_length(settings)
         known = self._recall(texts, settings)
@@ -199,13 +201,13 @@ class CachingTokenizer:
         return TokenizedTexts(windows, pad_id), counts
 
     def _check_max_length(self, settings: TextSettings) -> None:
-        """Refuse a `max_length` that holds no text beside what is always there."""
+        """Refuse a `max_length` without room for text next to special tokens and the prompt."""
         n_special = n_kept = self._tokenizer.num_special_tokens_to_add()
         what = f"the tokenizer adds {n_special} special tokens to each text"
         if settings.prompt is not None:
             if not self._tokenizer.is_fast:
                 raise ValueError(
-                    f"Got prompt={settings.prompt!r} but the model's tokenizer does not tell which "
+                    f"Got prompt={settings.prompt!r} but the model's tokenizer cannot say which "
                     "tokens are the text's. Wanted: prompt=None, or a model with a tokenizer.json."
                 )
             n_kept = len(self._tokenizer(settings.prompt.replace(TEXT_FIELD, ""))["input_ids"])
@@ -234,10 +236,10 @@ class CachingTokenizer:
 
     def _remember(self, new: "dict[str, Encoded]", settings: TextSettings) -> None:
         if sum(map(_size, new, new.values())) > self._max_bytes:
-            return  # a pass over so much text would only push out what will be wanted again
+            return  # so much text would only push out texts that will be needed again
         with self._lock:
             for text, encoded in new.items():
-                if (settings, text) not in self._remembered:  # by another thread, meanwhile
+                if (settings, text) not in self._remembered:  # another thread may have added it
                     self._remembered[settings, text] = encoded
                     self._n_bytes += _size(text, encoded)
             while self._n_bytes > self._max_bytes:
@@ -245,8 +247,8 @@ class CachingTokenizer:
                 self._n_bytes -= _size(text, encoded)
 
     def _encode(self, texts: list[str], settings: TextSettings, vocab_size: int) -> "list[Encoded]":
-        # A batch is spread over all cores, which the one thread that a worker process was given
-        # forbids.
+        # The tokenizer spreads a batch over all cores. A worker process that was given one thread
+        # must not use them, so it tokenizes its texts one by one.
         batches = [texts] if torch.get_num_threads() > 1 else [[text] for text in texts]
         filler = [self._first_known(("bos_token_id", "eos_token_id"), vocab_size)]
         encoded = [
@@ -263,7 +265,7 @@ class CachingTokenizer:
         return encoded
 
     def _ids(self, texts: list[str], prompt: str | None) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield a text's whole ids, and which of them are neither special nor the prompt's."""
+        """Yield each text's uncut ids and a mask of those that are neither special nor prompt."""
         before, _, after = (prompt or TEXT_FIELD).partition(TEXT_FIELD)
         encoding = self._tokenizer(
             [before + text + after for text in texts],
@@ -290,12 +292,12 @@ class CachingTokenizer:
 
 
 def _size(text: str, encoded: Encoded) -> int:
-    """Bytes that a remembered text takes, its place in the table included."""
+    """Count the bytes that a remembered text takes, including its place in the table."""
     return sys.getsizeof(text) + sum(map(sys.getsizeof, encoded.windows)) + 300
 
 
 def _cut(ids: np.ndarray, of_text: np.ndarray, settings: TextSettings) -> Encoded:
-    """Fit a text's ids into `max_length`: once, or in windows."""
+    """Fit a text's ids into `max_length`, by cutting some off or by making windows."""
     max_length = settings.max_length
     if len(ids) <= max_length:
         return Encoded((ids,), is_cut=False)
@@ -303,11 +305,11 @@ def _cut(ids: np.ndarray, of_text: np.ndarray, settings: TextSettings) -> Encode
     first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
     opening, text, closing = ids[:first], ids[first:last], ids[last:]
     room = max_length - len(opening) - len(closing)
-    if room < 1:  # a text of special tokens
+    if room < 1:  # the text consists of special tokens
         return Encoded((np.concatenate([opening, closing])[:max_length],), is_cut=True)
     if settings.truncation == "windows":
         step = max(room - settings.stride, -(-room // 2))
-        # The last window is as long as the others, since it counts as much.
+        # The last window is as long as the others, since it counts as much as they do.
         starts = [*range(0, len(text) - room, step), len(text) - room]
         kept = [text[start : start + room] for start in starts]
     else:

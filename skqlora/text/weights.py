@@ -1,6 +1,6 @@
-"""How much each text counts in the loss: its own weight times that of its class.
+"""The weight of each text in the loss: its own weight times that of its class.
 
-Knows nothing of what the texts say, or of how the loss is computed.
+This module knows neither the content of the texts nor how the loss is computed.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
 def apply_class_weight(
     table: LabelledTexts, class_weight: ClassWeight, *, min_classes: int = 2
 ) -> tuple[LabelledTexts, np.ndarray]:
-    """Multiply the weights of the texts by those of their classes; drop rows that weigh nothing.
+    """Multiply the weights of the texts by those of their classes; drop rows of weight zero.
 
     "balanced" is scikit-learn's ``n / (n_classes * count)`` (King and Zeng, "Logistic Regression in
     Rare Events Data", 2001), where a text counts as often as its weight says.
@@ -25,20 +25,21 @@ def apply_class_weight(
     ----------
     table : LabelledTexts
     class_weight : dict of label to float, "balanced" or None
-        For multilabel targets a list with a dict of 0 and 1 to float for each label.
+        The weights of the classes. For multilabel targets it is a list with a dict of 0 and 1 to
+        float for each label.
     min_classes : int, default=2
-        How many classes must keep a weight, where each text has one.
+        The number of classes that must keep a weight, if each text has one class.
 
     Returns
     -------
     table : LabelledTexts
-        The rows with a weight.
+        The rows with a weight above zero.
     weights : ndarray of the shape of the targets, float64
 
     Raises
     ------
     ValueError
-        If `class_weight` does not fit the classes, or leaves too few with a weight.
+        If `class_weight` does not fit the classes, or leaves too few with a weight above zero.
     """
     sample_weight = table.sample_weight
     if sample_weight is None:
@@ -61,7 +62,7 @@ def apply_class_weight(
 def _single_weights(
     table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
 ) -> np.ndarray:
-    """Weights of shape (n_texts,): of a text's class."""
+    """Return the weight of each text's class, of shape (n_texts,)."""
     if isinstance(class_weight, list):
         raise ValueError(
             "Got a list as class_weight with one label for each text. Wanted: a dict of label to "
@@ -74,7 +75,7 @@ def _single_weights(
 def _label_weights(
     table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
 ) -> np.ndarray:
-    """Weights of shape (n_texts, n_labels): of a label's presence or of its absence."""
+    """Return the weight of each label's presence or absence, of shape (n_texts, n_labels)."""
     n_labels = len(table.classes)
     dicts = class_weight if isinstance(class_weight, list) else []
     if isinstance(class_weight, Mapping) or (
@@ -99,7 +100,7 @@ def _class_weights(
     targets: np.ndarray,
     sample_weight: np.ndarray,
 ) -> np.ndarray:
-    """Weight of each class, by its number."""
+    """Return the weight of each class, in the order of the class numbers."""
     weights = np.ones(len(names))
     if class_weight == "balanced":
         # A text counts as often as its weight says.
@@ -112,7 +113,7 @@ def _class_weights(
 
 
 def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]:
-    """Look classes up by their own label: scikit-learn's function takes "0" for 0."""
+    """Look classes up by their exact label, whereas scikit-learn's function takes "0" for 0."""
     bad = [
         weight
         for weight in class_weight.values()
@@ -124,7 +125,7 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
         )
     missing = [name for name in names if name not in class_weight]
     unknown = [name for name in class_weight if name not in names]
-    # As scikit-learn does: a class may be left out, and a fold may lack a class.
+    # As in scikit-learn, a class may be left out, and a fold may lack a class.
     if missing and unknown:
         raise ValueError(
             f"Got a class_weight for {unknown}, which y does not hold. Wanted: keys that are "
@@ -141,17 +142,17 @@ def expand_windows(
     Parameters
     ----------
     table : LabelledTexts
-        The n_texts texts.
+        The table of n_texts texts.
     weights : ndarray of the shape of the targets
     counts : ndarray of int, of shape (n_texts,)
-        Number of windows of each text.
+        The number of windows of each text.
 
     Returns
     -------
     table : LabelledTexts
-        With as many rows as there are windows.
+        The table with a row for each window.
     weights : ndarray of the shape of its targets
-        With the same mean as before.
+        The weights of the windows, which have the same mean as before.
     """
     if counts.max() == 1:
         return table, weights

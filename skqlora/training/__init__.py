@@ -1,4 +1,5 @@
-"""From texts and settings to a trained adapter: one fit, its epochs, its updates, and its safety.
+"""The fit of an adapter to texts under given settings: its epochs, its updates, its checkpoints.
 
-Knows nothing of what the user calls a class, except where a head starts from the classes' names.
+These modules know nothing of what the user calls a class, except where a head starts from the names
+of the classes.
 """

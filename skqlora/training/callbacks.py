@@ -1,6 +1,6 @@
-"""scikit-learn's callbacks, where it has them: from version 1.9 on.
+"""Support for scikit-learn's callbacks, which exist from its version 1.9 on.
 
-Knows nothing of models.
+This module knows nothing of models.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from skqlora.text.inputs import LabelledTexts
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
-except ImportError:  # scikit-learn < 1.9: `set_callbacks` is not offered
+except ImportError:  # scikit-learn < 1.9 offers no `set_callbacks`
 
     class CallbackSupportMixin:  # type: ignore[no-redef]
         """A base class that adds nothing."""
 
     def with_callbacks(method: Callable) -> Callable:
-        """Return the method."""
+        """Return the method as it is."""
         return method
 
 
-# What scikit-learn notes on an estimator: the callbacks, and the fit that they watch.
+# The attributes in which scikit-learn keeps an estimator's callbacks and the fit that they watch.
 CALLBACK_ATTRIBUTES = {
     "_skl_callbacks",
     "_skl_callbacks_to_teardown",
@@ -32,15 +32,16 @@ CALLBACK_ATTRIBUTES = {
 
 
 class FitTasks:
-    """One fit as the callbacks see it: a task "fit", and in it one task "epoch" after another.
+    """The tasks of a fit that callbacks see: a task "fit" that holds one task "epoch" per epoch.
 
     Parameters
     ----------
     estimator : QLoRAClassifier
-        Callbacks of its own and of what it is part of are told.
+        The estimator that is fitted. Its own callbacks are called, and those of the estimator that
+        it is part of.
     n_epochs : int
     table : LabelledTexts
-        What is trained on.
+        The texts, labels and weights that are trained on.
     """
 
     def __init__(self, estimator: BaseEstimator, n_epochs: int, table: LabelledTexts):
@@ -55,23 +56,23 @@ class FitTasks:
             self._root.call_on_fit_task_begin(estimator=estimator, **self._told)
 
     def begin_epoch(self) -> None:
-        """Tell that an epoch begins."""
+        """Tell the callbacks that an epoch begins."""
         if self._root is not None:
             self._epoch = self._root.subcontext(task_name="epoch")
             self._epoch.call_on_fit_task_begin(estimator=self._estimator, **self._told)
 
     def end_epoch(self, fitted: BaseEstimator) -> bool:
-        """Tell that the epoch has ended; return whether a callback wants to stop.
+        """Tell the callbacks that the epoch has ended, and return whether one wants to stop.
 
         Parameters
         ----------
         fitted : QLoRAClassifier
-            What the estimator would be if the fit ended now.
+            The estimator as it would be if the fit ended now.
         """
         return self._end(self._epoch, fitted)
 
     def end(self, fitted: BaseEstimator) -> None:
-        """Tell that the fit has ended."""
+        """Tell the callbacks that the fit has ended."""
         self._end(self._root, fitted)
 
     def _end(self, task: Any, fitted: BaseEstimator) -> bool:

@@ -1,6 +1,6 @@
-"""Checkpoints of a fit: what it takes to go on after a kill as if there had been none.
+"""Checkpoints, from which a fit resumes after a kill as if there had been none.
 
-Knows nothing of how a model is trained.
+This module knows nothing of how a model is trained.
 """
 
 import hashlib
@@ -37,24 +37,25 @@ from skqlora.persistence.saved_format import (
 )
 
 MANIFEST, TENSORS = "checkpoint.json", "checkpoint.safetensors"
-PACKAGES = ("torch", "bitsandbytes", "numpy")  # another version may compute otherwise
-# What changes nothing of what is trained.
+PACKAGES = ("torch", "bitsandbytes", "numpy")  # another version may compute other values
+# The parameters that do not change what is trained.
 IRRELEVANT = {"verbose", "checkpoint_dir", "checkpoint_every"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a fit stands between two updates.
+    """The state of a fit between two updates.
 
     Attributes
     ----------
     trainer : TrainerState
     losses : list of float
-        Of the epochs that are over.
+        The training losses of the epochs that are over.
     kept : dict of str to ndarray, or None
-        Tensors of the adapter that the fit would keep if it ended now, by `adapter_tensors`.
+        The tensors of the adapter that the fit would keep if it ended now, as `adapter_tensors`
+        names them. None before the first epoch is over.
     stopping : dict or None
-        Of `EarlyStopping.state_dict`.
+        The state that `EarlyStopping.state_dict` returned. None without early stopping.
     """
 
     trainer: TrainerState
@@ -64,13 +65,13 @@ class Checkpoint:
 
 
 def adapter_tensors(adapter: AdapterState) -> dict[str, np.ndarray]:
-    """Name all tensors of an adapter."""
+    """Return all tensors of an adapter in one dict, named after LoRA or the head."""
     named = {f"lora.{name}": tensor for name, tensor in adapter.lora_tensors.items()}
     return named | {f"head.{name}": tensor for name, tensor in adapter.head_tensors.items()}
 
 
 def with_tensors(adapter: AdapterState, tensors: dict[str, np.ndarray]) -> AdapterState:
-    """Put tensors so named in place of an adapter's own."""
+    """Replace the tensors of an adapter by those of a dict as `adapter_tensors` returns it."""
     return replace(
         adapter,
         lora_tensors=_under("lora.", tensors),
@@ -79,60 +80,67 @@ def with_tensors(adapter: AdapterState, tensors: dict[str, np.ndarray]) -> Adapt
 
 
 def check_checkpoint_parameters(params: Mapping[str, Any]) -> None:
-    """Refuse what could not be known again or not be written, before a model is loaded.
+    """Refuse parameters that rule checkpoints out, before a model is loaded.
 
     Raises
     ------
     ValueError
-        If the seed or the scorer would not be the same at the next call.
+        If the seed or the scorer may be another one at the next call, so that the fit could not be
+        recognized.
     OSError
-        If the folder cannot be made.
+        If the folder cannot be created.
     """
     if params["checkpoint_dir"] is None:
         return
     if not isinstance(params["random_state"], Integral):
         raise ValueError(
             f"Got checkpoint_dir with random_state={params['random_state']!r}. Wanted: an int, so "
-            "that the same call of fit is known again and goes on to the same result."
+            "that the same call of fit is recognized and continues to the same result."
         )
     if callable(params["scoring"]):
         raise ValueError(
             f"Got checkpoint_dir with scoring={params['scoring']!r}. Wanted: the name of a scorer, "
-            "since nobody can tell whether a function is the same at the next call."
+            "since it is unknown whether a function will be the same at the next call."
         )
     os.makedirs(params["checkpoint_dir"], exist_ok=True)
 
 
 class Checkpoints:
-    """The checkpoints of one fit: the last one, in a folder named after what is fitted.
+    """The last checkpoint of one fit, in a folder that is named after a hash of what is fitted.
 
-    Folds and candidates of a search have a folder each.
+    So each fold and each candidate of a search has a folder of its own.
 
     Parameters
     ----------
     params : mapping of str to object
         The estimator's parameters.
     identity : object
-        Everything else that decides what the fit comes to.
+        Everything else that decides the result of the fit.
     n_threads : int
-        That torch computes on. With another number the result is the same up to rounding.
+        The number of threads that torch computes on. With another number the result is the same up
+        to rounding.
     """
 
     def __init__(self, params: Mapping[str, Any], identity: Any, n_threads: int):
-        from skqlora._utils.processes import lock_of_machine  # loads torch
+        from skqlora._utils.processes import lock_of_machine  # this loads torch
 
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
         versions = [__version__, *map(importlib.metadata.version, PACKAGES)]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
         self._folder = Path(os.fspath(params["checkpoint_dir"])) / f"fit-{self._key}"
         self._n_threads = n_threads
-        # Not in the folder itself, which may be on a network disk that knows no locks.
+        # The lock is not in the folder itself, which may be on a network disk without locks.
         self._lock = lock_of_machine(f"fit-{self._key}")
 
     def lock(self) -> bool:
-        """Keep equal fits out until `unlock`, or until this process ends; or warn and return False.
+        """Keep equal fits out until `unlock` is called or this process ends.
 
-        Two candidates of a search may be equal, or a script started twice on a machine.
+        Two candidates of a search may be equal, or a script may be started twice on a machine.
+
+        Returns
+        -------
+        usable : bool
+            Whether this fit may use the folder. If an equal fit is using it, a warning is issued.
         """
         try:
             self._lock.acquire()
@@ -145,24 +153,24 @@ class Checkpoints:
                 stacklevel=2,
             )
             return False
-        except OSError:  # another user's file, or no folder to write to
+        except OSError:  # the file is another user's, or cannot be written
             pass
         return True
 
     def unlock(self) -> None:
-        """Let another fit have the folder."""
+        """Let another fit use the folder."""
         if self._lock.is_locked:
-            with suppress(OSError):  # Windows removes it itself
+            with suppress(OSError):  # on Windows it is the release that removes the file
                 os.unlink(self._lock.lock_file)
             self._lock.release()
 
     def read(self) -> Checkpoint | None:
-        """Read the checkpoint, if there is one.
+        """Read the checkpoint, or return None if there is none.
 
         Raises
         ------
         ValueError
-            If it is damaged.
+            If the checkpoint is damaged.
         """
         path = self._folder / MANIFEST
         if not path.exists():
@@ -210,7 +218,7 @@ class Checkpoints:
         return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint in the place of the one before; where that fails, warn and keep that."""
+        """Replace the previous checkpoint, or warn and keep it if that fails."""
         trainer, stopping = checkpoint.trainer, checkpoint.stopping
         state = dict(trainer.order["state"])
         kept = checkpoint.kept or {}
@@ -247,14 +255,14 @@ class Checkpoints:
                 (folder / MANIFEST).write_text(text, encoding="utf-8")
         except OSError as error:
             warnings.warn(
-                f"A checkpoint could not be written: {error}. The training goes on; what was "
-                "written before stays.",
+                f"A checkpoint could not be written: {error}. The training continues, and what "
+                "was written before stays.",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def remove(self) -> None:
-        """Take the checkpoint away, once the fit is over, and what a kill while writing left."""
+        """Delete the checkpoint once the fit is over, and what a kill during a write has left."""
         for folder in (self._folder, *self._folder.parent.glob(f".{self._folder.name}.*.tmp")):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""A decoder's own guess as a start of the head: its output embeddings of the classes' names.
+"""A head that starts from a decoder's own guess: its output embeddings of the classes' names.
 
-Under a prompt that the class would follow, a text's first logits are then those of the causal
-language model for the tokens of each class, averaged, but for a bias, a scale or a cap that some
-families put on them: it answers before it has learned.
+If the name of the class would follow the prompt, the first logits of a text are then those of the
+causal language model for the tokens of each class, averaged, except for a bias, a scale or a cap
+that some families put on them. So the classifier answers before it has learned.
 """
 
 from collections.abc import Sequence
@@ -24,25 +24,26 @@ from skqlora.text.tokenization import CachingTokenizer
 def head_of_class_names(
     backbone: Backbone, tokenizer: CachingTokenizer, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Average the output embeddings of each name's tokens.
+    """Average the output embeddings of the tokens of each name.
 
     Parameters
     ----------
     backbone : Backbone
-        Of a causal model.
+        The base, a causal model.
     tokenizer : CachingTokenizer
     names : sequence of str, of length n_classes
-        Underscores count as spaces.
+        The names of the classes. An underscore counts as a space.
 
     Returns
     -------
     head : dict of str to ndarray
-        float32: "weight" of shape (n_classes, hidden_size).
+        The float32 array "weight" of shape (n_classes, hidden_size).
 
     Raises
     ------
     ValueError
-        If the model is none that predicts tokens, or a name is of no token.
+        If the model does not predict tokens, if its output embeddings are missing or do not fit the
+        head, or if the tokenizer makes no token of a name or one that the model does not have.
     """
     tokens = [tokenizer.ids_of_word(name.replace("_", " ")) for name in names]
     nameless = [name for name, ids in zip(names, tokens, strict=True) if not ids]
@@ -70,7 +71,7 @@ def head_of_class_names(
 
 
 def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
-    """Read the rows of some tokens, of shape (n_tokens, width), float32."""
+    """Read the float32 output embeddings of some tokens, of shape (n_tokens, width)."""
     spec = backbone.spec
     name = _output_name(spec)
     if name is None:
@@ -89,7 +90,7 @@ def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
 
 
 def _output_name(spec: BackboneSpec) -> str | None:
-    """Name the parameter of the output embeddings; None where they are the input's."""
+    """Return the parameter name of the output embeddings, or None if they are the input's."""
     config = read_config(spec.model, spec.revision)
     try:
         with torch.device("meta"), muted():

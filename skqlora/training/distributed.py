@@ -1,6 +1,6 @@
-"""One fit on several ranks of `torch.distributed`: who takes which rows, and what is summed up.
+"""A fit on several ranks of `torch.distributed`, which share the rows and sum up their results.
 
-Knows nothing of models or optimizers. Without a process group there is one rank.
+This module knows nothing of models or optimizers. Without a process group there is one rank.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ class Ranks:
     Attributes
     ----------
     rank, size : int
+        The number of this process, from 0 on, and the number of all processes.
     """
 
     rank: int
@@ -31,31 +32,32 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """Those of the default process group, or this process alone."""
+        """Return the rank of this process and the number of ranks, 1 without a process group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls(0, 1)
 
     def share(self, n_rows: int) -> np.ndarray:
-        """Places in a batch of `n_rows` that this rank takes; none where there are too few.
+        """Return the places in a batch of `n_rows` rows that this rank takes, if there are any.
 
-        Every `size`-th, because a batch is sorted by length: each rank gets long and short rows.
+        It takes every `size`-th place. A batch is sorted by length, so each rank gets both long and
+        short rows.
         """
         return np.arange(self.rank, n_rows, self.size)
 
     @contextmanager
     def one_fit_at_a_time(self) -> Iterator["Ranks"]:
-        """Refuse a second fit beside another of this rank: their sums would meet.
+        """Refuse a second fit of this rank at the same time, since their sums would mix.
 
         Yields
         ------
         ranks : Ranks
-            Itself.
+            This object itself.
 
         Raises
         ------
         RuntimeError
-            If another thread of this process is within it.
+            If another thread of this process is within this context.
         """
         if self.size == 1:
             yield self
@@ -72,12 +74,12 @@ class Ranks:
             _fit_lock.release()
 
     def sum_up(self, tensor: torch.Tensor) -> None:
-        """Replace a tensor by the sum over all ranks, the same bits on each: one all-reduce."""
+        """Replace a tensor by its sum over all ranks, the same bits on each, in one all-reduce."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
     def from_first(self, value: Any) -> Any:
-        """Return the first rank's value on every rank: what is decided once for all."""
+        """Return the first rank's value on every rank, for what is decided once for all ranks."""
         if self.size == 1:
             return value
         values = [value]
@@ -101,17 +103,18 @@ class Ranks:
         return value
 
     def check_same_inputs(self, inputs: Callable[[], object]) -> None:
-        """Refuse to train on ranks that were not given the same.
+        """Refuse to train on ranks that were given different inputs.
 
         Parameters
         ----------
         inputs : callable
-            Returns what is the same if it prints the same; called if there are several ranks.
+            A function that returns the inputs, which are the same if they print the same. It is
+            called only if there are several ranks.
 
         Raises
         ------
         ValueError
-            If they differ: the ranks' updates would not belong together.
+            If the inputs differ, so that the updates of the ranks would not belong together.
         """
         if self.size == 1:
             return

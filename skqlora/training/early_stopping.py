@@ -1,6 +1,6 @@
-"""When to stop: a score on held-out texts, and the best adapter so far.
+"""Early stopping by a score on held-out texts, which keeps the best adapter so far.
 
-Knows nothing of how a model is trained.
+This module knows nothing of how a model is trained.
 """
 
 import math
@@ -18,21 +18,21 @@ from skqlora.text.inputs import LabelledTexts
 
 
 class EarlyStopping:
-    """Scores after each epoch, and the adapter with the best of them, in memory.
+    """The scores of the epochs, and the adapter with the best score, which is kept in memory.
 
     Parameters
     ----------
     estimator : QLoRAClassifier
-        Its `scoring`, `n_iter_no_change` and `tol` are read.
+        The estimator, of which `scoring`, `n_iter_no_change` and `tol` are read.
     held_out : LabelledTexts
     earlier : list of float
-        Scores of the epochs of earlier fits, which this one goes on from.
+        The scores of the epochs of the earlier fits that this one continues.
 
     Attributes
     ----------
     held_out : LabelledTexts
     best : AdapterState or None
-        That with the best score so far.
+        The adapter with the best score so far.
     """
 
     def __init__(self, estimator: BaseEstimator, held_out: LabelledTexts, earlier: list[float]):
@@ -46,14 +46,14 @@ class EarlyStopping:
         self._best_score = -math.inf
 
     def score(self, fitted: Any) -> float:
-        """Score an estimator as it would be if its fit ended now.
+        """Score an estimator on the held-out texts, as if its fit ended now.
 
         Raises
         ------
         TypeError
-            If there are weights and the scorer takes none.
+            If the held-out texts have weights and the scorer takes none.
         ValueError
-            If the scorer fails, or the score is no finite number.
+            If the scorer fails, or the score is not a finite number.
         """
         table = self.held_out
         weights = {} if table.sample_weight is None else {"sample_weight": table.sample_weight}
@@ -80,24 +80,24 @@ class EarlyStopping:
         return float(score)
 
     def set_baseline(self, score: float, adapter: AdapterState) -> None:
-        """Keep an adapter from before the first epoch until there is a better one."""
+        """Keep an adapter from before the first epoch until an epoch scores at least as high."""
         self.best, self._best_score = adapter, score
 
     def update(self, score: float, adapter: AdapterState) -> bool:
-        """Note an epoch's score; return whether to stop.
+        """Record the score of an epoch, and return whether to stop.
 
-        As in `MLPClassifier` an epoch counts as no change if its score is not above the best one
-        so far by more than `tol`; unlike there, of equal scores the last one is the best.
+        As in scikit-learn's `MLPClassifier`, an epoch counts as no change if its score is not above
+        the best one so far by more than `tol`. Unlike there, the last of equal scores is the best.
         """
         changed = score > self._best_score + self._tol
         self._epochs_without_change = 0 if changed else self._epochs_without_change + 1
-        if score >= self._best_score:  # of equal ones the last, which was trained longer
+        if score >= self._best_score:  # the last of equal ones was trained longest
             self.best, self._best_score = adapter, score
         self._scores.append(score)
         return self._epochs_without_change >= self._patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Copy where it stands, except for the best adapter."""
+        """Return a copy of the state, without the best adapter."""
         return {
             "scores": list(self._scores),
             "best_score": self._best_score,
@@ -105,14 +105,14 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any], best: AdapterState | None) -> None:
-        """Continue where it stood."""
+        """Continue from a state that `state_dict` returned, and its best adapter."""
         self.best, self._best_score = best, state["best_score"]
         self._scores = list(state["scores"])
         self._epochs_without_change = state["epochs_without_change"]
 
     def apply_to(self, fitted: Fitted) -> Fitted:
-        """Return what a fit comes to with the best adapter, and the scores."""
-        assert self.best is not None  # an epoch is over
+        """Return the fit with the best adapter instead of its own, and with the scores."""
+        assert self.best is not None  # at least one epoch is over
         return replace(
             fitted,
             adapter=self.best,
@@ -124,16 +124,16 @@ class EarlyStopping:
 def hold_out(
     table: LabelledTexts, fraction: float, seed: int
 ) -> tuple[LabelledTexts, LabelledTexts]:
-    """Split texts for validation off, in the classes' proportions.
+    """Split off texts for validation, in the proportions of the classes.
 
-    Each class keeps a text for training, so a rare one may have none held out. Multilabel texts
+    Each class keeps a text for training, so a rare class may have none held out. Multilabel texts
     are split at random.
 
     Parameters
     ----------
     table : LabelledTexts
     fraction : float
-        Share of the texts to hold out.
+        The share of the texts to hold out.
     seed : int
 
     Returns
@@ -143,7 +143,7 @@ def hold_out(
     Raises
     ------
     ValueError
-        If one of the two would be too small.
+        If one of the two parts would be too small.
     """
     rows = np.arange(len(table))
     counts = None if table.multilabel else np.bincount(table.targets, minlength=len(table.classes))
@@ -163,7 +163,7 @@ def hold_out(
         random_state=seed,
         stratify=None if counts is None else table.targets[divisible],
     )
-    if counts is not None:  # rounding may have left a class nothing to train on
+    if counts is not None:  # rounding may have left a class no text to train on
         trained = np.unique(table.targets[np.setdiff1d(rows, held_out)])
         of_class, first = np.unique(table.targets[held_out], return_index=True)
         held_out = np.delete(held_out, first[~np.isin(of_class, trained)])

@@ -1,7 +1,7 @@
 """One fit, epoch by epoch: train, score, tell the callbacks, write a checkpoint, stop.
 
-It loads torch when a fit begins, not when it is imported. The estimator is only read; it sets what
-comes of the fit itself.
+This module loads torch when a fit begins, not when it is imported. It only reads the estimator,
+which sets its own fitted attributes.
 """
 
 import copy
@@ -37,12 +37,12 @@ if TYPE_CHECKING:  # torch and transformers load at first use
 
 
 class DivergenceError(FloatingPointError):
-    """A training whose loss is not finite any more, after epochs in which it was.
+    """The loss of a training is no longer finite, after epochs in which it was.
 
     Attributes
     ----------
     fitted : Fitted
-        What the fit came to in the last epoch before.
+        The fit as it was at the end of the last epoch before.
     """
 
     def __init__(self, message: str, fitted: Fitted):
@@ -61,10 +61,10 @@ def fit_epochs(
     Parameters
     ----------
     estimator : QLoRAClassifier
-        Its parameters were validated. It is only read.
+        The estimator, whose parameters were validated. It is only read.
     table : LabelledTexts
     held_out : LabelledTexts or None
-        What early stopping scores. If it is None, early stopping holds out a part of `table`.
+        The texts that early stopping scores. If None, early stopping holds out a part of `table`.
     start : Fitted or None
         An earlier fit that this one continues.
 
@@ -77,7 +77,7 @@ def fit_epochs(
     DivergenceError
         If the loss stops being finite after the first epoch.
     FloatingPointError
-        If it does so before.
+        If the loss stops being finite in the first epoch.
     """
     import_libraries()
     from skqlora.training.distributed import Ranks
@@ -105,11 +105,11 @@ def fit_epochs(
         ):
             now = partial(_fitted_now, table, run, seed)
             if stopping is not None:
-                # What is wrong with a scorer shows before the training.
+                # This shows before the training what is wrong with a scorer.
                 score = ranks.from_first(stopping.score(as_fitted(estimator, now(losses))))
                 if adapter is not None:
                     stopping.set_baseline(score, adapter)
-            fitted = saving.resume(now)  # of the last epoch
+            fitted = saving.resume(now)  # the fit after the last epoch
             stop = False
             while run.trainer.n_epochs < n_epochs and not stop:
                 tasks.begin_epoch()
@@ -129,7 +129,7 @@ def fit_epochs(
                 fitted = current
                 stop |= tasks.end_epoch(as_fitted(estimator, fitted))
                 stop = ranks.from_first(stop)
-            assert fitted is not None  # there was an epoch
+            assert fitted is not None  # there was at least one epoch
             tasks.end(as_fitted(estimator, fitted))
             saving.remove()
             return fitted
@@ -143,7 +143,7 @@ def fit_piece(estimator: BaseEstimator, table: LabelledTexts, start: Fitted | No
     estimator : QLoRAClassifier
     table : LabelledTexts
     start : Fitted or None
-        What an earlier piece left: its adapter and its optimizer.
+        The fit of the earlier pieces, with its adapter and its optimizer.
 
     Returns
     -------
@@ -179,16 +179,16 @@ def fit_piece(estimator: BaseEstimator, table: LabelledTexts, start: Fitted | No
 
 
 class _Saving:
-    """Writes a checkpoint every so many updates, and goes to the last one, if that is asked for.
+    """A writer and reader of a fit's checkpoints, which does nothing if they are not asked for.
 
-    It is a context manager: within it no other fit writes to the same place.
+    It is a context manager, within which no other fit writes to the same folder.
 
     Parameters
     ----------
     params : mapping of str to object
         The estimator's parameters.
     data : tuple
-        What is trained on, scored and continued from.
+        The data that is trained on, scored and continued from.
     run : TrainingRun
     stopping : EarlyStopping or None
     ranks : Ranks
@@ -222,14 +222,14 @@ class _Saving:
             self._checkpoints.unlock()
 
     def write_if_due(self, fitted: Fitted | None, losses: list[float]) -> None:
-        """Write a checkpoint, between two updates.
+        """Write a checkpoint between two updates, every `checkpoint_every` updates.
 
         Parameters
         ----------
         fitted : Fitted or None
-            What the fit would come to if it ended now; None before the first epoch is over.
+            The fit as it would be if it ended now; None before the first epoch is over.
         losses : list of float
-            Of the epochs that are over, an earlier fit's included.
+            The losses of the epochs that are over, an earlier fit's included.
         """
         trainer, checkpoints, stopping = self._run.trainer, self._checkpoints, self._stopping
         if checkpoints is None or trainer.n_updates % self._every:
@@ -243,17 +243,17 @@ class _Saving:
         self._ranks.call_on_first(lambda: checkpoints.write(checkpoint))
 
     def resume(self, fitted_with: "partial[Fitted]") -> Fitted | None:
-        """Go to where an earlier call of this fit was when it wrote the last checkpoint, if it did.
+        """Resume from the last checkpoint that an earlier call of this fit wrote, if there is one.
 
         Parameters
         ----------
         fitted_with : callable
-            Makes a `Fitted` of losses and an adapter.
+            A function that makes a `Fitted` from losses and an adapter.
 
         Returns
         -------
         fitted : Fitted or None
-            What the fit came to in the last epoch that was over; None before the first.
+            The fit after the last epoch that was over; None if there was none.
         """
         if self._checkpoints is None:
             return None
@@ -273,7 +273,7 @@ class _Saving:
         return fitted if self._stopping is None else self._stopping.apply_to(fitted)
 
     def remove(self) -> None:
-        """Take the checkpoint away: the fit is over."""
+        """Delete the checkpoint, because the fit is over."""
         if self._checkpoints is not None and self._ranks.rank == 0:
             self._checkpoints.remove()
 
@@ -285,7 +285,7 @@ def _early_stopping(
     start: Fitted | None,
     seed: int,
 ) -> tuple[LabelledTexts, EarlyStopping | None]:
-    """Return what is trained on, and what stops the fit early if that is asked for."""
+    """Return the texts to train on, and an `EarlyStopping` if that is asked for."""
     if not estimator.early_stopping:
         return table, None
     if held_out is None:
@@ -297,7 +297,7 @@ def _early_stopping(
 
 
 def as_fitted(estimator: BaseEstimator, fitted: Fitted) -> BaseEstimator:
-    """Return a copy of the estimator that is fitted; the estimator itself stays as it is."""
+    """Return a fitted copy of the estimator, which itself stays as it is."""
     copied = copy.copy(estimator)
     copied._set_fitted(fitted)
     return copied
@@ -310,7 +310,7 @@ def _fitted_now(
     losses: list[float],
     adapter: AdapterState | None = None,
 ) -> Fitted:
-    """Say what the fit would come to if it ended now, with its current adapter or with another."""
+    """Return the fit as it would be if it ended now, with its current adapter or another one."""
     if adapter is None:
         run.trainer.check_finite()
         adapter = run.adapter_state()
@@ -331,10 +331,10 @@ def _fitted_now(
 
 
 def _choose_seed(estimator: BaseEstimator, start: Fitted | None) -> int:
-    """Draw a seed. A fit that continues another one keeps its seed: the same texts stay held out.
+    """Draw a seed, or return that of the fit to continue, so that the same texts stay held out.
 
-    What such a fit trains with is the seed plus the epochs before, so that each has another order
-    and another dropout.
+    A fit that continues another one trains with this seed plus the number of the epochs before, so
+    that each fit has another order of the texts and another dropout.
     """
     if start is not None:
         return start.random_seed

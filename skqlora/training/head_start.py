@@ -1,4 +1,4 @@
-"""How a head begins: with what, and where that cannot be."""
+"""The first values of a head, and the check that it can start from class names."""
 
 import numpy as np
 
@@ -13,18 +13,19 @@ from skqlora.training.probe import choose_probe_rows, fit_probe
 
 
 def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
-    """Refuse to start from names where labels are none, or the pooled token is not the last.
+    """Refuse a start from class names if labels are not names, or the last token is not pooled.
 
     Parameters
     ----------
     how : {"normal", "probe", "class_names"}
     table : LabelledTexts
     pooling : str
-        As the user asks for it.
+        The pooling that the user asks for.
 
     Raises
     ------
     ValueError
+        If the head cannot start from the names of the classes.
     """
     if how != "class_names":
         return
@@ -51,28 +52,28 @@ def start_head(
     weights: np.ndarray,
     seed: int,
 ) -> None:
-    """Let the head of a model, whose adapter changes nothing yet, begin as asked for.
+    """Set the first values of the head of a model whose adapter changes nothing yet.
 
     Parameters
     ----------
     how : {"normal", "probe", "class_names"}
-        "normal" is how it is already.
+        The kind of start. "normal" leaves the head as it is.
     model : TextClassifierModel
-        Outside of any training.
+        The model, before its training begins.
     tokenizer : CachingTokenizer
     classes : ndarray of shape (n_classes,)
     tokens : TokenizedTexts
-        Of n_rows texts.
+        The n_rows texts.
     targets : ndarray of int, of shape (n_rows,) or (n_rows, n_classes)
     weights : ndarray of the shape of `targets`
     seed : int
-        Of which rows a probe is fitted to, if not to all.
+        The seed that draws the rows that a probe is fitted to, if not to all.
 
     Raises
     ------
     ValueError
-        If the base predicts no tokens, for "class_names"; if its hidden states are not finite, for
-        "probe".
+        With "class_names", if the base does not predict tokens. With "probe", if its hidden states
+        are not finite.
     """
 
     def probe() -> dict[str, np.ndarray]:
@@ -80,7 +81,7 @@ def start_head(
         features = compute_features(model, tokens.take(rows))
         if not np.isfinite(features).all():
             raise ValueError(
-                "The base gives hidden states that are infinite or no numbers, to which no "
+                "The base gives hidden states that are infinite or NaN, to which no "
                 "regression can be fitted. Pass compute_dtype='float32', or "
                 "init_head_weights='normal'."
             )

@@ -1,8 +1,8 @@
 """AdamW over flat tensors, with its state in paged memory on CUDA.
 
 bitsandbytes pages the state of a tensor only from 100,000 elements on and synchronizes the device
-after each tensor. LoRA's tensors are smaller, so that a paged AdamW of single tensors is not paged
-at all. One flat tensor for all of them is, and is updated by one kernel.
+after each tensor. LoRA's tensors are smaller, so that a paged AdamW of single tensors would not be
+paged at all. One flat tensor that holds all of them is paged, and one kernel updates it.
 """
 
 import threading
@@ -18,10 +18,10 @@ PAGED_STATES = ("state1", "state2")  # bitsandbytes' names of the first and seco
 
 
 class PagedPool:
-    """Managed CUDA memory for optimizer states, reused because it cannot be given back.
+    """A pool of managed CUDA memory for optimizer states, reused because it cannot be freed.
 
-    bitsandbytes has no way to free what `cudaMallocManaged` gave it; without reuse every fit of a
-    process would add its optimizer's state for good.
+    bitsandbytes has no way to free what it got from `cudaMallocManaged`. Without reuse, every fit
+    of a process would take memory for its optimizer's state and never give it back.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class PagedPool:
 
 
 def _as_paged(view: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Mark a view of managed memory as bitsandbytes marks the whole: marks are not inherited."""
+    """Mark a view of managed memory as bitsandbytes marks the whole; views inherit no marks."""
     view.is_paged, view.page_deviceid = True, device.index  # type: ignore[attr-defined]
     return view
 
@@ -57,7 +57,7 @@ paged_pool = PagedPool()
 
 
 class _PooledStates:
-    """Mixed into bitsandbytes' paged optimizers: states come from `paged_pool` and return to it."""
+    """A mixin of bitsandbytes' paged optimizers, to which `paged_pool` lends their states."""
 
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if p.device.type == "cpu" or p.numel() < PAGED_MIN_ELEMENTS:
@@ -67,17 +67,17 @@ class _PooledStates:
         return _as_paged(buffer[: p.numel() * dtype.itemsize].view(dtype).view(p.shape), p.device)
 
     def release(self) -> None:
-        """Give the paged states back. The optimizer must not step again."""
+        """Give the paged states back to the pool. The optimizer must not step again."""
         for buffer, device in self.__dict__.pop("_taken", []):
             paged_pool.give_back(buffer, device)
 
 
 class PagedAdamW32bit(_PooledStates, bnb.optim.PagedAdamW32bit):
-    """bitsandbytes' paged AdamW with 32-bit states, of pooled memory."""
+    """bitsandbytes' paged AdamW with 32-bit states, in pooled memory."""
 
 
 class PagedAdamW8bit(_PooledStates, bnb.optim.PagedAdamW8bit):
-    """bitsandbytes' paged AdamW with 8-bit states, of pooled memory."""
+    """bitsandbytes' paged AdamW with 8-bit states, in pooled memory."""
 
 
 OPTIMIZERS = {
@@ -88,14 +88,15 @@ OPTIMIZERS = {
 
 
 def make_optimizer(optim: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Build an AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+    """Build an AdamW optimizer (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
 
     Parameters
     ----------
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}
-        On a CPU, which has no pages to move, the paged ones keep their state in plain memory.
+        The kind of AdamW. On a CPU, which has no pages to move, the paged ones keep their state in
+        plain memory.
     groups : list of dict
-        As torch's optimizers take them: "params", "lr", "weight_decay".
+        The parameter groups of torch's optimizers, with "params", "lr" and "weight_decay".
 
     Returns
     -------
@@ -111,12 +112,12 @@ def release(optimizer: torch.optim.Optimizer) -> None:
 
 
 def numpy_state_dict(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray | float]]:
-    """Copy the moments out of an optimizer, to NumPy: a dict for each tensor that it updates.
+    """Copy the moments of an optimizer to NumPy, in a dict for each tensor that it updates.
 
     Returns
     -------
     states : list of dict of str to ndarray or float
-        By the optimizer's own names. Empty dicts before the first update.
+        The moments, by the optimizer's own names. The dicts are empty before the first update.
     """
     return [
         {
@@ -130,7 +131,7 @@ def numpy_state_dict(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndar
 def load_numpy_state_dict(
     optimizer: torch.optim.Optimizer, states: list[dict[str, np.ndarray | float]]
 ) -> None:
-    """Give a new optimizer the moments of an earlier one of its kind, in memory of its own."""
+    """Give a new optimizer a copy of the moments of an earlier optimizer of the same kind."""
     for tensor, state in zip(_tensors(optimizer), states, strict=True):
         for name, value in state.items():
             restored: Any = value
@@ -138,7 +139,7 @@ def load_numpy_state_dict(
                 restored = torch.from_numpy(value.copy())
                 if name in PAGED_STATES and isinstance(optimizer, _PooledStates):
                     restored = optimizer.get_state_buffer(tensor, restored.dtype).copy_(restored)
-                elif restored.ndim > 0:  # torch's own count of steps stays on the CPU
+                elif restored.ndim > 0:  # torch's own step counter stays on the CPU
                     restored = restored.to(tensor.device)
             optimizer.state[tensor][name] = restored
 

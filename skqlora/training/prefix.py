@@ -1,7 +1,7 @@
-"""The layers before the first adapted one, computed once for each text and not in every epoch.
+"""The layers before the first adapted one, computed once for each text instead of in every epoch.
 
-They are frozen and bare, so what enters the first adapted layer stays the same. The model's own
-forward pass goes on around them: masks, positions and scalings stay its business.
+They are frozen and have no adapter, so what enters the first adapted layer stays the same. The
+model's own forward pass still runs around them, and takes care of masks, positions and scalings.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,21 +21,21 @@ from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.training import state_store
 
-# Of a pass, all of whose rows are padded to one length. On a CPU the shape of the pass that a text
-# is computed in depends on the text's length alone, so that the same numbers come out whatever
-# other texts there are.
+# The number of tokens of a pass, in which all rows are padded to one length. On a CPU the shape of
+# the pass that a text is computed in depends on the length of the text alone, so that the same
+# numbers come out whatever other texts there are.
 CPU_PASS_TOKENS = 256
 PASS_TOKENS = 4096
-N_CHECKED = 4  # texts
+N_CHECKED = 4  # texts whose logits with and without a prefix are compared
 
 
 class CachedPrefix:
-    """What enters the first adapted layer, for each text of a training.
+    """The hidden states that enter the first adapted layer, for each text of a training.
 
     Parameters
     ----------
     states : list of torch.Tensor, each of shape (n_tokens, width)
-        In the order of the texts, on the CPU.
+        The hidden states in the order of the texts, on the CPU.
     """
 
     def __init__(self, states: list[torch.Tensor]):
@@ -43,12 +43,12 @@ class CachedPrefix:
         self._fed = torch.empty(0)
 
     def feed(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Make the next forward pass, of these texts, begin at the first adapted layer."""
+        """Let the next forward pass, which is of these texts, begin at the first adapted layer."""
         states = [self._states[row] for row in rows]
         self._fed = nn.utils.rnn.pad_sequence(states, batch_first=True)
 
     def replace(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """Give the first adapted layer what was fed; a forward pre-hook."""
+        """Give the first adapted layer what was fed, as a forward pre-hook."""
         came = _hidden_states(args, kwargs)
         fed = self._fed.to(came.device, came.dtype)
         return ((fed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fed})
@@ -63,25 +63,26 @@ def cached_prefix(
     batch_size: int = 16,
     dtype: torch.dtype | None = None,
 ) -> Iterator[CachedPrefix | None]:
-    """Compute what enters the first adapted layer, and skip the layers before it from then on.
+    """Compute what enters the first adapted layer, and skip the layers before it in the context.
 
     Parameters
     ----------
     model : TextClassifierModel
-        Until the end it has to be fed before each forward pass.
+        The model. In the context, the prefix must be fed before each forward pass.
     tokens : TokenizedTexts
     max_length : int
-        Greatest number of tokens that a text may have.
+        The greatest number of tokens that a text may have.
     batch_size : int, default=16
-        Of the longest texts, the most in a pass.
+        The greatest number of texts in a pass if they have the greatest length.
     dtype : torch.dtype, optional
-        To keep it in; as it is by default.
+        The precision in which the states are kept. By default it is their own.
 
     Yields
     ------
     prefix : CachedPrefix or None
-        None where the first layer is adapted too, where the layers cannot be told or hand on more
-        than hidden states, and where there is no room: then nothing is changed.
+        The computed states. It is None, and nothing is changed, if the first layer is adapted too,
+        if the layers cannot be determined or hand on more than hidden states, or if there is no
+        room for the states.
     """
     blocks = transformer_blocks(model.encoder)
     first = _first_adapted(model.encoder, blocks)
@@ -92,7 +93,7 @@ def cached_prefix(
         try:
             if _can_be_cut(run, tokens, dtype):
                 states = _fetch(run, tokens.sequences, (first, dtype))
-        except RuntimeError as error:  # the training itself may go on in smaller passes
+        except RuntimeError as error:  # the training itself may continue in smaller passes
             if not is_out_of_memory(error):
                 raise
     if not states:
@@ -104,20 +105,20 @@ def cached_prefix(
 
 
 def _first_adapted(encoder: nn.Module, blocks: nn.ModuleList | None) -> int:
-    """Tell which layer is the first that has an adapter; 0 where a prefix cannot be cut off."""
+    """Find the number of the first layer that has an adapter, or 0 if no prefix can be cut off."""
     shares_keys = getattr(encoder.config, "num_kv_shared_layers", None)
     if blocks is None or shares_keys:
         return 0
     adapted = {m for m in encoder.modules() if isinstance(m, LoraLayer)}
     in_blocks = [set(block.modules()) & adapted for block in blocks]
-    pooler = getattr(encoder, "pooler", None)  # comes last
+    pooler = getattr(encoder, "pooler", None)  # it runs after the layers
     elsewhere = adapted.difference(*in_blocks, [] if pooler is None else pooler.modules())
     numbers = [number for number, found in enumerate(in_blocks) if found]
     return 0 if elsewhere else min(numbers, default=0)
 
 
 def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | None) -> bool:
-    """Tell by the first texts whether the model computes the same from what would be kept."""
+    """Check on the first texts whether the model computes the same from what would be kept."""
     rows = np.arange(min(N_CHECKED, len(tokens)))
     texts = {(row,): tokens.sequences[row] for row in rows}
     expected = _logits(run.model, tokens, rows)
@@ -128,7 +129,7 @@ def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | 
         with run.skipped(prefix):
             prefix.feed(rows)
             found = _logits(run.model, tokens, rows)
-    except Exception as error:  # of a model whose layers are called in another way
+    except Exception as error:  # this model calls its layers in another way
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         return False
@@ -152,7 +153,7 @@ def _agree(
 
 
 class _Reached(Exception):
-    """The first adapted layer is about to run."""
+    """Raised to end a pass when the first adapted layer is about to run."""
 
 
 class _PrefixRun:
@@ -162,10 +163,10 @@ class _PrefixRun:
     ----------
     model : TextClassifierModel
     blocks : list of torch.nn.Module
-        Those layers, and the first adapted one.
+        The layers before the first adapted one, and that one at the end.
     pad_id, max_length : int
     max_tokens : int
-        Greatest size of a pass on an accelerator.
+        The greatest number of tokens of a pass on an accelerator.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class _PrefixRun:
         self._pad_id, self._max_length = pad_id, max_length
         on_cpu = model.backbone.spec.device.type == "cpu"
         self._pass_tokens = CPU_PASS_TOKENS if on_cpu else min(PASS_TOKENS, max_tokens)
-        self._forms: list[int | None] = []  # of what each layer returns: a tuple of that length
+        self._forms: list[int | None] = []  # the length of the tuple that each layer returns
 
     @torch.no_grad()
     def __call__(self, sequences: list[np.ndarray], n_rows: int, n_tokens: int) -> torch.Tensor:
@@ -193,7 +194,7 @@ class _PrefixRun:
         device = self.model.backbone.spec.device
         ids = np.full((n_rows, n_tokens), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row in range(n_rows):  # a pass that is not full has its last text several times
+        for row in range(n_rows):  # a pass that is not full repeats its last text
             sequence = sequences[min(row, len(sequences) - 1)]
             ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
         reached: list[torch.Tensor] = []
@@ -215,12 +216,12 @@ class _PrefixRun:
         return reached[0]
 
     def inspect(self, sequence: np.ndarray) -> tuple[int, torch.dtype]:
-        """Tell the width and the dtype of what enters the first adapted layer."""
+        """Return the width and the dtype of what enters the first adapted layer."""
         hidden = self([sequence], 1, len(sequence))
         return hidden.shape[-1], hidden.dtype
 
     def padded_length(self, length: int) -> int:
-        """Tell the length to which a text is padded: a few shapes of passes, little padding."""
+        """Compute the length to pad a text to, for few shapes of passes and little padding."""
         return min(rounded_up_length(length), self._max_length)
 
     def compute(
@@ -231,9 +232,9 @@ class _PrefixRun:
         Parameters
         ----------
         texts : mapping of tuple to ndarray of int
-            Token ids by any key.
+            The token ids of each text, by any key.
         allocate : callable
-            Returns a tensor of shape (n_tokens, width) for a number of tokens.
+            A function of a number of tokens that returns a tensor of shape (n_tokens, width).
 
         Returns
         -------
@@ -242,7 +243,7 @@ class _PrefixRun:
         by_shape: dict[tuple[int, bool], list[tuple]] = {}
         for key, ids in texts.items():
             n_tokens = self.padded_length(len(ids))
-            # Attention takes another kernel where nothing is padded: apart, then.
+            # Attention takes another kernel where nothing is padded, so such texts stay apart.
             by_shape.setdefault((n_tokens, len(ids) == n_tokens), []).append(key)
         states = {}
         for (n_tokens, _), keys in by_shape.items():
@@ -257,7 +258,7 @@ class _PrefixRun:
 
     @contextmanager
     def skipped(self, prefix: CachedPrefix) -> Iterator[None]:
-        """Let the layers hand on what they get, and the first adapted one get what is fed."""
+        """Let the layers hand on their input, and give the first adapted one what is fed."""
         handle = self._last.register_forward_pre_hook(prefix.replace, with_kwargs=True)
         try:
             with replaced_forwards(self._blocks, [partial(_hand_on, f) for f in self._forms]):
@@ -281,7 +282,7 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 def _fetch(
     run: _PrefixRun, sequences: list[np.ndarray], kind: tuple[int, torch.dtype | None]
 ) -> list[torch.Tensor]:
-    """Return the states of each text, computed where they are not kept; none without room."""
+    """Return the states of each text, kept or computed now; an empty list if there is no room."""
     backbone = run.model.backbone
     keys = [(*kind, run.padded_length(len(ids)), ids.tobytes()) for ids in sequences]
     there = state_store.find(backbone, keys)

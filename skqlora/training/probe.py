@@ -1,6 +1,6 @@
-"""A head that starts as a logistic regression on what the base gives untrained.
+"""A head that starts as a logistic regression on the features of the untrained base.
 
-Knows nothing of models: vectors and numbers come in.
+This module knows nothing of models. It takes vectors and numbers.
 """
 
 import warnings
@@ -10,12 +10,14 @@ from sklearn.linear_model import LogisticRegression
 
 from skqlora._utils.libraries import library_lock
 
-PROBE_TEXTS = 10_000  # the most that a probe is fitted to
-PROBE_C = 0.03  # of the regression, on features of unit variance
+PROBE_TEXTS = 10_000  # the greatest number of rows that a probe is fitted to
+PROBE_C = 0.03  # the C of the regression, for features of unit variance
 
 
 def choose_probe_rows(targets: np.ndarray, seed: int) -> np.ndarray:
-    """Draw what a probe is fitted to: all rows, or of very many some, with one of each class.
+    """Draw the rows that a probe is fitted to: all of them, or a sample if there are very many.
+
+    If each row has one class, a sample holds a row of every class.
 
     Parameters
     ----------
@@ -36,26 +38,27 @@ def choose_probe_rows(targets: np.ndarray, seed: int) -> np.ndarray:
 def fit_probe(
     features: np.ndarray, targets: np.ndarray, weights: np.ndarray, n_classes: int, *, bias: bool
 ) -> dict[str, np.ndarray]:
-    """Fit a logistic regression, for multilabel targets one for each label.
+    """Fit a logistic regression, or one for each label if the targets are multilabel.
 
-    Fine-tuning from there is "linear probing, then fine-tuning" (Kumar et al., arXiv 2202.10054):
-    it starts where frozen features end, and bends them less than a head that knows nothing.
+    Fine-tuning from there is "linear probing, then fine-tuning" (Kumar et al., arXiv 2202.10054).
+    It starts where training on frozen features ends, and distorts them less than a random head
+    does.
 
     Parameters
     ----------
     features : ndarray of shape (n_rows, n_features)
     targets : ndarray of int, of shape (n_rows,) or (n_rows, n_classes)
-        Class numbers, or a multilabel indicator.
+        The class numbers, or a multilabel indicator.
     weights : ndarray of the shape of `targets`
-        What each counts in the loss.
+        The weight of each target in the loss.
     n_classes : int
     bias : bool
-        Whether the head adds one.
+        Whether the head has a bias.
 
     Returns
     -------
     head : dict of str to ndarray
-        float32: "weight" of shape (n_classes, n_features) and, if asked for, "bias".
+        The float32 array "weight" of shape (n_classes, n_features) and, if asked for, "bias".
     """
     mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
     scale = np.sqrt(((features - mean) ** 2).mean(axis=0))
@@ -79,7 +82,7 @@ def fit_probe(
 def _fit(
     features: np.ndarray, targets: np.ndarray, weights: np.ndarray, n_classes: int, bias: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a row of weights and an intercept for each class; zeros for one that is not there."""
+    """Return a row of weights and an intercept for each class; zeros for an absent class."""
     weight, intercept = np.zeros((n_classes, features.shape[1])), np.zeros(n_classes)
     counted = weights > 0
     present = np.unique(targets[counted])
@@ -87,10 +90,10 @@ def _fit(
         return weight, intercept
     probe = LogisticRegression(C=PROBE_C, fit_intercept=bias, max_iter=100)
     with library_lock, warnings.catch_warnings():
-        # It is a start, whatever it reached, and however many classes there are for the texts.
+        # As a start it will do, even if it has not converged or has few texts for many classes.
         warnings.simplefilter("ignore", UserWarning)
         probe.fit(features[counted], targets[counted], weights[counted])
-    if len(present) == 2:  # one row for both
+    if len(present) == 2:  # then the regression has one row for both
         weight[present] = probe.coef_ * np.array([[-0.5], [0.5]])
         intercept[present] = probe.intercept_ * np.array([-0.5, 0.5])
     else:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: activations that are computed again instead of kept."""
+"""Activation checkpointing, which computes activations again instead of keeping them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +15,18 @@ from skqlora.model.blocks import replaced_forwards, transformer_blocks
 def checkpointed_blocks(encoder: nn.Module) -> Iterator[None]:
     """Recompute each block's activations in the backward pass instead of keeping them.
 
-    transformers' own switch acts in training mode only, which would wake the base's dropout.
+    The switch of transformers itself acts only in training mode, which would turn on the base's
+    dropout.
 
     Parameters
     ----------
     encoder : torch.nn.Module
-        A replica of a base: its blocks are changed, and on leaving changed back.
+        A replica of a base. Its blocks are changed, and changed back at the end of the context.
 
     Raises
     ------
     ValueError
-        If the stack of blocks cannot be told.
+        If the stack of blocks cannot be determined.
     """
     blocks = transformer_blocks(encoder)
     if blocks is None:

@@ -1,6 +1,6 @@
-"""A training made ready: from checked texts and parameters to a trainer that may begin.
+"""The preparation of a training: from checked texts and parameters to a trainer that may begin.
 
-Knows nothing of scores or callbacks, nor of what the labels mean.
+This module knows nothing of scores or callbacks, nor of what the labels mean.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from skqlora.training.head_start import check_class_names, start_head
 from skqlora.training.prefix import CachedPrefix, cached_prefix
 from skqlora.training.trainer import Trainer
 
-# Settings that may differ between the ranks of one training. The base is compared by its weights.
+# The settings that may differ between the ranks of a training. A base is compared by its weights.
 OF_ONE_RANK = {"model", "revision", "device", "verbose", "chosen"}
 
 
@@ -54,7 +54,7 @@ class TrainingRun:
     footprint: Footprint
 
     def adapter_state(self) -> AdapterState:
-        """Copy the adapter as it is now."""
+        """Return a copy of the adapter as it is now."""
         return self.trainer.model.adapter_state(self.settings.text, self.tokenizer_fingerprint)
 
 
@@ -78,15 +78,15 @@ def prepared_training(
     table : LabelledTexts
     weights : ndarray of the shape of the targets
     seed : int
-        The same on all ranks.
+        The seed of the training, the same on all ranks.
     n_epochs : int
-        The most epochs that are to be trained.
+        The greatest number of epochs to train.
     start : AdapterState, optional
         The adapter to continue from.
     resumed : OptimizerState, optional
         The optimizer to continue from.
     incremental : bool, default=False
-        Train one epoch of an unknown number: the learning rates do not decay.
+        Whether to train one epoch of an unknown number, with learning rates that do not decay.
 
     Yields
     ------
@@ -95,10 +95,10 @@ def prepared_training(
     Raises
     ------
     ValueError
-        If the model, the texts and the parameters do not fit together. Before a base is loaded
-        where that can be told.
+        If the model, the texts and the parameters do not fit together. Where that is known before
+        a base is loaded, none is loaded.
     MemoryError
-        If the fit cannot fit; no base is loaded then.
+        If the fit cannot fit into memory. No base is loaded then.
     """
     check_not_forked()
     ranks = Ranks.current()
@@ -174,7 +174,7 @@ def prepared_training(
 
 
 def _choose_checkpointing(planned: PlannedFit) -> bool:
-    """Decide by the memory that is free; raise MemoryError for a fit that cannot fit."""
+    """Decide by the free memory whether to checkpoint; raise MemoryError if the fit cannot fit."""
     spec, asked = planned.spec, planned.parameters.gradient_checkpointing is True
     n_sharing = Ranks.current().size if spec.device.type == "cpu" else 1
 
@@ -195,7 +195,7 @@ def _choose_checkpointing(planned: PlannedFit) -> bool:
 def _prefix(
     model: TextClassifierModel, tokens: TokenizedTexts, settings: Settings
 ) -> AbstractContextManager[CachedPrefix | None]:
-    """Compute the layers before the adapted ones beforehand, if that is wanted and worth it."""
+    """Compute the layers before the adapted ones in advance, if that is wanted and worth it."""
     if settings.cache_dtype is None or settings.num_train_epochs == 1:
         return nullcontext()
     dtype = None if settings.cache_dtype == "auto" else getattr(torch, settings.cache_dtype)

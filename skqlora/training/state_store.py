@@ -1,6 +1,6 @@
-"""Hidden states of texts that are kept for later fits, in bounded memory; or a fit's own file.
+"""Hidden states of texts, kept for later fits in bounded memory, or for one fit in a file.
 
-Knows nothing of how they are computed.
+This module knows nothing of how they are computed.
 """
 
 import os
@@ -19,8 +19,8 @@ from skqlora.memory.free import free_memory
 from skqlora.model.backbone import Backbone
 from skqlora.training.distributed import Ranks
 
-MEMORY_SHARE = 0.1  # of what memory is free or holds states
-CHUNK = bytes(1 << 20)  # of zeros, written where a file cannot be given its size at once
+MEMORY_SHARE = 0.1  # the share of the memory that is free or holds states
+CHUNK = bytes(1 << 20)  # zeros to write where a file cannot be given its size at once
 
 States = dict[tuple, torch.Tensor]  # each of shape (n_tokens, width), on the CPU
 
@@ -30,7 +30,7 @@ _reserved: list[int] = []  # bytes that trainings are about to fill
 
 
 def find(backbone: Backbone, keys: list[tuple]) -> States:
-    """Return those states of a base that are kept, by key."""
+    """Return the states of a base that are kept under these keys; absent keys are left out."""
     with _lock:
         store = _stores.get(backbone, {})
         return {key: store[key] for key in keys if key in store}
@@ -43,7 +43,7 @@ def keep(backbone: Backbone, states: States) -> None:
 
 
 def forget() -> None:
-    """Drop all that is kept; trainings that use it hold it until they end."""
+    """Drop all kept states. A training that uses some holds them until it ends."""
     with _lock:
         _stores.clear()
 
@@ -53,19 +53,19 @@ register_cache(forget)
 
 @contextmanager
 def reserved_memory(n_bytes: int, backbone: Backbone, used: States) -> Iterator[bool]:
-    """Set memory aside for states to be computed; make room by what nobody uses.
+    """Reserve memory for states to be computed, and drop kept ones if there is no room.
 
     Parameters
     ----------
     n_bytes : int
     backbone : Backbone
     used : dict of tuple to torch.Tensor
-        States of that base that are not to be forgotten.
+        The states of that base that must not be dropped.
 
     Yields
     ------
     fits : bool
-        Whether they may take memory.
+        Whether there is memory for the states.
     """
     with _lock:
         held = _count_kept() + sum(_reserved)
@@ -86,16 +86,19 @@ def reserved_memory(n_bytes: int, backbone: Backbone, used: States) -> Iterator[
 
 
 def in_memory(width: int, dtype: torch.dtype) -> Callable[[int], torch.Tensor]:
-    """Return what allocates the states of a text, by its number of tokens."""
+    """Return a function that allocates the states of a text, given its number of tokens."""
     return lambda n_tokens: torch.empty(n_tokens, width, dtype=dtype)
 
 
 def in_file(n_tokens: int, width: int, dtype: torch.dtype) -> Callable[[int], torch.Tensor] | None:
-    """Do the same in a temporary file for so many tokens; None where the disk has no room."""
+    """Return a function that allocates the states of a text in a temporary file.
+
+    The file has room for `n_tokens` tokens in all. Return None if the disk has less.
+    """
     n_bytes = n_tokens * width * dtype.itemsize
     try:
         with tempfile.TemporaryFile() as file:
-            # Room is taken now: a full disk would end the process at a later write.
+            # Room is taken now, since a full disk would end the process at a later write.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
             else:

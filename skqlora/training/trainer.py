@@ -1,7 +1,7 @@
 """The training loop: batches, schedule, accumulation, clipping.
 
-Knows nothing of what texts and labels mean: rows of token ids and numbers come in, and the model is
-changed in place.
+This module knows nothing of what texts and labels mean. It takes rows of token ids and numbers, and
+changes the model in place.
 """
 
 import math
@@ -33,11 +33,11 @@ from skqlora.training.optimizer import (
 from skqlora.training.prefix import CachedPrefix
 from skqlora.training.recompute import checkpointed_blocks
 
-CHECK_EVERY = 50  # updates, for losses that are not finite
+CHECK_EVERY = 50  # updates between two checks that the losses are finite
 
 
 class Trainer:
-    """An adapter and a head in training, in place, epoch after epoch; a context manager.
+    """A context manager that trains an adapter and a head in place, epoch after epoch.
 
     Parameters
     ----------
@@ -45,14 +45,14 @@ class Trainer:
     tokens : TokenizedTexts
         The n_rows texts.
     targets : ndarray of int, of shape (n_rows,) or (n_rows, n_labels)
-        Class numbers, or a multilabel indicator.
+        The class numbers, or a multilabel indicator.
     settings : Settings
     weights : ndarray of the shape of `targets`, optional
-        What each target counts in the loss. Each row has a target of positive weight.
+        The weight of each target in the loss. Each row has a target of positive weight.
     prefix : CachedPrefix, optional
-        What the model is to be fed before each pass.
+        The prefix that is fed to the model before each pass.
     seed : int, default=0
-        Seed of the order of the rows.
+        The seed of the order of the rows.
     resumed : OptimizerState, optional
         The optimizer of an earlier training, which this one continues.
     """
@@ -76,7 +76,7 @@ class Trainer:
         self.ranks = Ranks.current()
         self.rng = np.random.RandomState(seed)
         self.batch_rows = settings.batch_rows
-        # The padded size of a forward pass: that of `batch_size` of the longest texts. More short
+        # The padded size of a forward pass is that of `batch_size` of the longest texts. More short
         # texts share a pass, which costs no more memory.
         longest = int(tokens.lengths.max())
         on_cpu = self.device.type == "cpu"
@@ -99,12 +99,12 @@ class Trainer:
         )
         self.scaler = _make_scaler(self.device, model.backbone.spec.compute_dtype)
         self.n_epochs = self.n_updates = 0
-        self.losses: list[torch.Tensor] = []  # of the updates of this epoch
-        self.order: dict[str, Any] = {}  # the state of `rng` when it began
+        self.losses: list[torch.Tensor] = []  # the loss of each update of this epoch
+        self.order: dict[str, Any] = {}  # the state of `rng` when this epoch began
         self._resumed = resumed
         self._shown: dict[str, object] = {}
         self._last_rows = np.arange(1)
-        self._places = np.arange(0)  # in the update, of the rows of the current pass
+        self._places = np.arange(0)  # where the rows of the current pass are in the update
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
@@ -131,23 +131,24 @@ class Trainer:
         self._stack.close()
 
     def train_epoch(self, after_update: Callable[[], None] | None = None) -> float:
-        """Pass over all rows once, or over those that are left of a restored epoch.
+        """Train on all rows once, or on those that are left of a restored epoch.
 
         Parameters
         ----------
         after_update : callable, optional
-            Called between two updates, where `state_dict` may be called.
+            A function to call after each update. It may call `state_dict`.
 
         Returns
         -------
         loss : float
-            Mean cross-entropy, in nats, over the rows as they were trained on; of binary ones over
-            rows and labels for multilabel targets. Weighted as the training is.
+            The mean cross-entropy, in nats, over the rows as they were trained on, weighted as the
+            training is. For multilabel targets it is the mean of the binary cross-entropies over
+            rows and labels.
 
         Raises
         ------
         FloatingPointError
-            If it is not finite.
+            If the loss is not finite.
         """
         self.model.train()
         losses, n_done = self.losses, len(self.losses)
@@ -168,7 +169,7 @@ class Trainer:
         self._check_finite(unchecked, self.n_epochs + 1)
         self.model.eval()
         self.n_epochs += 1
-        self._last_rows = rows[:1]  # weights that are no numbers spoil every row
+        self._last_rows = rows[:1]  # weights that are NaN spoil every row
         sum_of_losses = torch.stack(losses).sum()
         losses.clear()
         self.ranks.sum_up(sum_of_losses)
@@ -177,7 +178,7 @@ class Trainer:
         return loss
 
     def state_dict(self) -> TrainerState:
-        """Copy where the training stands, between two updates.
+        """Return a copy of the state of the training between two updates.
 
         Raises
         ------
@@ -199,7 +200,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: TrainerState) -> None:
-        """Continue where a training of the same rows, settings and seed stood."""
+        """Continue from the state of a training with the same rows, settings and seed."""
         self.model.replica.mark_changed()
         for segment, values in zip(self.segments, state.values, strict=True):
             segment.leaf.copy_(torch.from_numpy(values))
@@ -208,25 +209,25 @@ class Trainer:
         self.n_epochs, self.order = state.n_epochs, state.order
         self.micro_tokens = state.micro_tokens
         losses = torch.tensor(state.epoch_losses, device=self.device)
-        if self.ranks.rank > 0:  # the first one has the losses of all
+        if self.ranks.rank > 0:  # the first rank has the losses of all
             losses.zero_()
         self.losses[:] = losses.unbind()
         done = self.n_epochs * len(self.tokens) + len(self.losses) * self.batch_rows
         self.bar.update(min(done, self.bar.total or done))
 
     def show(self, **figures: object) -> None:
-        """Put figures behind the progress bar, with those that are there."""
+        """Show figures at the progress bar, besides those that it shows already."""
         self._shown |= figures
         self.bar.set_postfix(self._shown)
 
     @torch.no_grad()
     def check_finite(self) -> None:
-        """Look at the loss of a row with the weights as they are now.
+        """Check that the loss of a row is finite with the weights as they are now.
 
         Raises
         ------
         FloatingPointError
-            If it is not finite: the last update went astray.
+            If the loss is not finite, because the last update went astray.
         """
         self._check_finite([self._loss(self._last_rows)], self.n_epochs)
 
@@ -236,7 +237,7 @@ class Trainer:
         Returns
         -------
         loss : torch.Tensor
-            This rank's part of the rows' weighted losses, summed.
+            The sum of the weighted losses of the rows that this rank takes.
         """
         loss = None
         while loss is None:
@@ -253,13 +254,14 @@ class Trainer:
         return loss
 
     def _accumulate(self, rows: np.ndarray) -> torch.Tensor:
-        """Compute the gradient of an effective batch from nothing; return the summed loss."""
+        """Compute the gradient of an effective batch, from zero, and return the summed loss."""
         self.model.replica.mark_changed()
         for segment in self.segments:
             segment.gradient.zero_()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
-        # A mean over all micro-batches, so that the cut into them changes nothing. Not over the
-        # weights: their sum would let a rare class count only as much as one batch does.
+        # The gradient is that of a mean over all micro-batches, so that the cut into them changes
+        # nothing. It is not a mean by the weights, because a division by the sum of a batch's
+        # weights would let a rare class count only as much as one batch does.
         n_losses = self.targets[rows].size
         share = self.ranks.share(len(rows))
         for part_of_share in self._parts(rows[share]):
@@ -275,42 +277,42 @@ class Trainer:
         return cut_by_tokens(self.tokens.lengths[rows], self.micro_tokens)
 
     def _halve_micro_batches(self, n_rows: int, n_tokens: int) -> None:
-        """Continue with passes of half as many rows: the update is the same."""
+        """Continue with half as many rows in a pass, which leaves the update the same."""
         half = (n_rows + 1) // 2
         self.micro_tokens = half * n_tokens
         if self.device.type != "cpu":
             getattr(torch, self.device.type).empty_cache()
         batch_size = max(1, self.micro_tokens // int(self.tokens.lengths.max()))
-        while self.batch_rows % batch_size:  # the update is to stay one of as many texts
+        while self.batch_rows % batch_size:  # an update keeps its number of texts
             batch_size -= 1
         warnings.warn(
             f"Out of memory with {n_rows} texts of {n_tokens} tokens in a forward pass. The update "
-            f"is computed again with {half}, and so large are those that follow: the same up to "
-            f"rounding, and slower. Pass batch_size={batch_size} and "
-            f"gradient_accumulation_steps={self.batch_rows // batch_size} to begin so, or a "
+            f"is computed again with {half} in a pass, and later passes are as small: the result "
+            f"is the same up to rounding, but slower. Pass batch_size={batch_size} and "
+            f"gradient_accumulation_steps={self.batch_rows // batch_size} to begin that way, or a "
             "smaller max_length.",
             RuntimeWarning,
             stacklevel=2,
         )
 
     def _check_finite(self, losses: list[torch.Tensor], epoch: int) -> None:
-        """Look whether the losses of the last updates are finite: one wait for the device."""
+        """Check that the losses of the last updates are finite, with one wait for the device."""
         if not losses:
             return
         sums = torch.stack(losses)
-        self.ranks.sum_up(sums)  # all ranks stop, or none: one alone would leave the others waiting
+        self.ranks.sum_up(sums)  # all ranks stop or none: one alone would leave the others waiting
         finite = torch.isfinite(sums).tolist()
         if not all(finite):
             update = self.n_updates - len(finite) + finite.index(False) + 1
             raise FloatingPointError(
                 f"The training loss became infinite or NaN in update {update} (epoch "
                 f"{epoch}). Wanted: a finite number. Lower learning_rate or "
-                "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. What "
-                "the classifier keeps is that of the last epoch before, if there is one."
+                "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. The "
+                "classifier of the last epoch before is kept, if there is one."
             )
 
     def optimizer_state(self) -> OptimizerState:
-        """Copy where the optimizer stands."""
+        """Return a copy of the state of the optimizer."""
         return OptimizerState(
             optim=self.settings.optim,
             n_updates=self.n_updates,
@@ -335,7 +337,7 @@ class Trainer:
             group["lr"] = base * factor(resumed.schedule_step)
 
     def _loss(self, rows: np.ndarray, part: RowsOfUpdate | None = None) -> torch.Tensor:
-        """Sum the weighted losses of a micro-batch."""
+        """Compute the sum of the weighted losses of a micro-batch."""
         input_ids, mask = (x.to(self.device) for x in self.tokens.batch(rows))
         if self.prefix is not None:
             self.prefix.feed(rows)
@@ -354,15 +356,15 @@ class Trainer:
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else float16 overflowed and no step was taken
+        if self.scaler.get_scale() >= scale:  # otherwise float16 overflowed: no step was taken
             self.scheduler.step()
 
 
 def _make_scaler(device: torch.device, compute_dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Make what scales a float16 loss, so that small gradients do not become zero.
+    """Make the scaler of a float16 loss, so that small gradients do not become zero.
 
-    torch's scaler sets up its scale at the first loss that it is given, and cannot do without it
-    from then on. A rank that has no row of the first batch has no loss, so it is given a zero here.
+    torch's scaler sets up its scale at the first loss that it is given, and fails without it. A
+    rank that has no row of the first batch has no loss, so the scaler is given a zero here.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
     scaler.scale(torch.zeros((), dtype=torch.float32, device=device))
@@ -370,7 +372,10 @@ def _make_scaler(device: torch.device, compute_dtype: torch.dtype) -> torch.amp.
 
 
 def _count_warmup_steps(settings: Settings, n_steps: int) -> int:
-    """Resolve a share. The first update of a warm-up has rate 0, so one of several must be left."""
+    """Count the updates of the warm-up, which `warmup_steps` may give as a share of all.
+
+    The first update of a warm-up has the rate 0, so a warm-up never takes all updates of a fit.
+    """
     if settings.incremental:
         return int(settings.warmup_steps)
     if settings.warmup_steps >= 1:
