@@ -150,7 +150,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
         The number of updates between two checkpoints. A checkpoint is three times as large as the
-        adapter, and four times with early stopping.
+        adapter, and four times after the first epoch.
     random_state : int, RandomState instance or None, default=None
         The seed of the initial values of adapter and head, of the held-out texts, of the order of
         the texts and of dropout. On a CPU the same seed and number of threads give the same weights
@@ -182,7 +182,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     best_validation_score_ : float, or None without early stopping
         The score of the adapter that was kept.
     optimizer_state_ : OptimizerState or None
-        The optimizer for the next `partial_fit`, twice the size of the adapter. None after `fit`.
+        The optimizer for the next `partial_fit`, up to twice as large as the adapter, or None after
+        `fit`.
     footprint_ : Footprint
         The size of the base in memory, and of what was trained.
 

@@ -113,7 +113,8 @@ def assert_equal_adapters(first, second):
 
 def make_settings(*, model_type="bert", hidden_size=64, **changes):
     """Settings of a short training, with the estimator's defaults where nothing else is said."""
-    params = {"num_train_epochs": 1, "warmup_steps": 0} | changes
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 5e-3}
+    params = {"num_train_epochs": 1, "warmup_steps": 0} | rates | changes
     parameters = Parameters.of(QLoRAClassifier(**params).get_params())
     return resolve_settings(
         parameters,

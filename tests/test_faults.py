@@ -297,7 +297,7 @@ def test_two_equal_fits_do_not_share_their_checkpoints(encoder, corpus, checkpoi
     other = make_classifier(encoder, **checkpoints)
     with (
         FileLock(Path(tempfile.gettempdir()) / f"skqlora-{folder.name}.lock"),  # as a fit has
-        pytest.warns(RuntimeWarning, match="Another fit.*goes on without"),
+        pytest.warns(RuntimeWarning, match="Another fit.*continues without"),
     ):
         assert fit_interrupted(other, corpus, None)[0] == 0
     assert (folder / "checkpoint.json").read_bytes() == before

@@ -47,10 +47,12 @@ def test_flat_update_equals_the_update_of_single_tensors(optim):
 
 def test_values_are_written_and_read_by_name():
     flat = FlatParameters(make_parameters())
-    values = {name: np.full(value.shape, 7, np.float32) for name, value in flat.read().items()}
-    flat.write(values)
+    values = {
+        name: np.full(value.shape, 7, np.float32) for name, value in flat.state_dict().items()
+    }
+    flat.load_state_dict(values)
     assert flat.leaf.sum() == 7 * (15 + 300 + 1024)  # the gaps are zero
-    read = flat.read()
+    read = flat.state_dict()
     flat.leaf.data.zero_()
     for name, value in read.items():
         np.testing.assert_array_equal(value, values[name])

@@ -121,10 +121,11 @@ def test_skops_loads_the_types_that_it_is_told_to_trust(encoder, corpus, tmp_pat
     assert types == [
         "skqlora.adapter.AdapterState",
         "skqlora.adapter.Footprint",
-        "skqlora.adapter.LoraSettings",
         "skqlora.adapter.OptimizerState",
-        "skqlora.adapter.TextSettings",
         "skqlora.classifier.QLoRAClassifier",
+        "skqlora.settings.adapter_settings.LoraSettings",
+        "skqlora.settings.adapter_settings.TextSettings",
+        "skqlora.settings.settings.Settings",
     ]
     loaded = skops.io.load(tmp_path / "clf.skops", trusted=types)
     assert_equal_adapters(loaded, clf)

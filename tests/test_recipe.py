@@ -52,6 +52,7 @@ def test_auto_is_the_number_of_epochs_and_nothing_else(encoder, corpus):
     ],
 )
 def test_rates_that_are_left_open(params, rate, head_rate):
-    settings = make_settings(model_type="llama", hidden_size=2000, **params)
+    rates = {"learning_rate": "auto", "head_learning_rate": "auto"} | params
+    settings = make_settings(model_type="llama", hidden_size=2000, **rates)
     assert settings.learning_rate == pytest.approx(rate)
     assert settings.head_learning_rate == pytest.approx(head_rate)

@@ -185,9 +185,11 @@ def test_free_replicas_are_bounded_in_number_and_bytes(backbone, monkeypatch):
 @pytest.fixture
 def writes(monkeypatch):
     """Count the copies of an adapter onto a replica."""
-    write, calls = FlatParameters.write, []
+    write, calls = FlatParameters.load_state_dict, []
     monkeypatch.setattr(
-        FlatParameters, "write", lambda flat, values: calls.append(flat) or write(flat, values)
+        FlatParameters,
+        "load_state_dict",
+        lambda flat, values: calls.append(flat) or write(flat, values),
     )
     return calls
 
@@ -232,12 +234,12 @@ def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbon
     state = make_model(backbone).adapter_state(TextSettings(32))
     other = replace(state, lora=replace(LORA, lora_alpha=99))
     with lease(pool) as replica:
-        replica.activate(state)
+        replica.load_adapter(state)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(replica, "_write", Mock(side_effect=MemoryError))
             with pytest.raises(MemoryError):
-                replica.activate(other)
-        replica.activate(state)
+                replica.load_adapter(other)
+        replica.load_adapter(state)
         assert {layer.scaling["default"] for layer in replica.lora_layers} == {1}
 
 

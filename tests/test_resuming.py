@@ -1,4 +1,4 @@
-"""Fits that go on from an earlier one: `warm_start`, `partial_fit`."""
+"""Fits that continue an earlier one: `warm_start`, `partial_fit`."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_warm_start_goes_on_from_the_adapter(encoder, corpus):
     assert clf.loss_curve_[2] < before
     with pytest.raises(ValueError, match="Wanted: the same classes"):
         clf.fit(texts, ["x", "y"] * 24)
-    with pytest.raises(ValueError, match="the fitted adapter to go on from has"):
+    with pytest.raises(ValueError, match="the fitted adapter to continue from has"):
         clf.set_params(lora_r=2).fit(texts, labels)
 
 

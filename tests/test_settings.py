@@ -87,9 +87,7 @@ def test_a_fit_tells_what_it_chose(fitted):
 def test_what_was_chosen_is_what_acts(fitted, corpus):
     asked = {name: getattr(fitted.settings_, name) for name in SETTLED}
     again = QLoRAClassifier(**fitted.get_params() | asked).fit(*corpus)
-    np.testing.assert_array_equal(
-        again.predict_proba(corpus[0]), fitted.predict_proba(corpus[0])
-    )
+    np.testing.assert_array_equal(again.predict_proba(corpus[0]), fitted.predict_proba(corpus[0]))
     assert again.settings_.chosen == ()
     assert "auto" not in str(again.settings_)
 
@@ -117,14 +115,13 @@ def test_settings_survive_save_and_pickle(fitted, tmp_path):
 
 
 def test_settings_of_a_piece_of_the_data(encoder, corpus, tmp_path):
-    clf = make_classifier(encoder, warmup_steps=2).partial_fit(*corpus, classes=sorted({*corpus[1]}))
+    clf = make_classifier(encoder, warmup_steps=2).partial_fit(
+        *corpus, classes=sorted({*corpus[1]})
+    )
     assert clf.settings_.incremental
     assert clf.settings_.num_train_epochs == 1
-    assert clf.settings_.lr_scheduler_type == "constant_with_warmup"
     clf.save(tmp_path / "saved")
-    loaded = QLoRAClassifier.load(tmp_path / "saved").settings_
-    assert loaded.incremental
-    assert loaded.settled() == clf.settings_.settled()
+    assert QLoRAClassifier.load(tmp_path / "saved").settings_ == clf.settings_
 
 
 def test_a_scorer_that_cannot_be_pickled_is_not_in_the_settings(encoder, corpus):

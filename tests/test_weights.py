@@ -41,10 +41,10 @@ def test_class_weight_moves_the_predictions(encoder, texts):
     [
         ({"sample_weight": [1.0, -1.0]}, {}, r"sample_weight\[1\] = -1.0.*negative"),
         ({"sample_weight": [1.0, np.nan]}, {}, r"sample_weight\[1\] = nan"),
-        ({"sample_weight": [0, 0]}, {}, "zeros alone"),
+        ({"sample_weight": [0, 0]}, {}, "zeros only"),
         ({"sample_weight": [1]}, {}, r"shape \(1,\)"),
         ({"sample_weight": ["a", "b"]}, {}, "not all numbers"),
-        ({"sample_weight": [1, 0]}, {}, r"leave the classes \['a'\] alone"),
+        ({"sample_weight": [1, 0]}, {}, r"leave only the classes \['a'\]"),
         ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\].*same type: \['a', 'b'\]"),
         ({}, {"scoring": "best"}, "'scoring' parameter"),
         ({}, {"class_weight": {"a": -2}}, "weight -2 in class_weight"),

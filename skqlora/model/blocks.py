@@ -41,10 +41,11 @@ def modules_in_layers(
         If the layers of the model cannot be identified, if it does not have that many, or if none
         of the modules is in them.
     """
+    shown = layers if isinstance(layers, int) else list(layers)  # as the user writes it
     stacks = _stacks(encoder)
     if len(stacks) != 1:
         raise ValueError(
-            f"Got layers={layers!r}, but {type(encoder).__name__} has no single stack of like "
+            f"Got layers={shown!r}, but {type(encoder).__name__} has no single stack of like "
             "layers. Pass layers='all', or choose by target_modules."
         )
     [(stack, blocks)] = stacks.items()
@@ -54,7 +55,7 @@ def modules_in_layers(
     ]
     if wrong or not len(wanted):
         raise ValueError(
-            f"Got layers={layers!r}, but the model has {len(blocks)} layers. Wanted: at most that "
+            f"Got layers={shown!r}, but the model has {len(blocks)} layers. Wanted: at most that "
             f"many, or a list of numbers from 0 to {len(blocks) - 1}, or of negative ones that "
             "count from the end."
         )
@@ -62,7 +63,7 @@ def modules_in_layers(
     chosen = tuple(name for name in names if name.startswith(prefixes))
     if not chosen:
         raise ValueError(
-            f"Got layers={layers!r}, but what target_modules names is in none of them. Pass other "
+            f"Got layers={shown!r}, but what target_modules names is in none of them. Pass other "
             "layers, or target_modules='all-linear'."
         )
     return chosen

@@ -1,6 +1,5 @@
 """LoRA by PEFT: its configuration, and the modules of a model that it is put on."""
 
-import functools
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import library_lock, muted
 from skqlora.model.blocks import modules_in_layers
 from skqlora.model.lora_layer import FusedLinear4bit
@@ -100,7 +100,7 @@ def targeted_modules(
         ) from error
 
 
-@functools.lru_cache(maxsize=8)  # the candidates of a search differ in other parameters
+@registered_lru_cache(maxsize=8)  # the candidates of a search differ in other parameters
 def _try_targets(
     target_modules: str | tuple[str, ...], skeleton: PreTrainedModel
 ) -> tuple[str, ...]:

@@ -151,7 +151,6 @@ def resolve_settings(
         rate = auto_learning_rate(model_type, hidden_size)
     if isinstance(head_rate, str):
         head_rate = HEAD_RATE_FACTOR * rate
-    schedule = "constant_with_warmup" if incremental else parameters.lr_scheduler_type
     chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
     settled = {
         "device": device,
@@ -162,7 +161,6 @@ def resolve_settings(
         "learning_rate": float(rate),
         "head_learning_rate": float(head_rate),
         "gradient_checkpointing": gradient_checkpointing,
-        "lr_scheduler_type": schedule,
         "incremental": incremental,
         "chosen": chosen,
     }

@@ -360,7 +360,7 @@ def check_sample_weight(
             "them negative. A weight of 0 leaves a text out."
         )
     if not weights.any():
-        raise ValueError(f"Got a {name} of zeros alone. Wanted: at least one weight above zero.")
+        raise ValueError(f"Got a {name} of zeros only. Wanted: at least one weight above zero.")
     return weights
 
 

@@ -53,7 +53,7 @@ def apply_class_weight(
     if len(rows) == 0 or (not table.multilabel and len(np.unique(table.targets)) < min_classes):
         names = table.classes[np.unique(table.targets)].tolist()
         raise ValueError(
-            f"Got weights (sample_weight and class_weight) that leave the classes {names} alone. "
+            f"Got weights (sample_weight and class_weight) that leave only the classes {names}. "
             f"Wanted: at least {min_classes} with a weight above zero."
         )
     return table, weights

@@ -147,8 +147,8 @@ class Checkpoints:
         except TimeoutError:
             warnings.warn(
                 f"Another fit, of the same data with the same parameters, has its checkpoints in "
-                f"{str(self._folder)!r} now (and holds {self._lock.lock_file!r}). This one goes on "
-                "without any.",
+                f"{str(self._folder)!r} now (and holds {self._lock.lock_file!r}). This one "
+                "continues without any.",
                 RuntimeWarning,
                 stacklevel=2,
             )

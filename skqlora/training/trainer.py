@@ -92,7 +92,7 @@ class Trainer:
         ]
         self.optimizer = make_optimizer(settings.optim, groups)
         self.scheduler = get_scheduler(
-            settings.lr_scheduler_type,
+            "constant_with_warmup" if settings.incremental else settings.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=_count_warmup_steps(settings, n_steps),
             num_training_steps=n_steps,
