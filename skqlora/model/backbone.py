@@ -267,7 +267,8 @@ def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     if plain.ndim != 2 or error > PADDING_TOLERANCE[spec.compute_dtype]:
         raise ValueError(
             f"{name} gives a text another result when it is padded to a longer one's length "
-            f"(relative difference {error:.1e}). Wanted: a model that heeds the attention mask, such as BERT."
+            f"(relative difference {error:.1e}). Wanted: a model that heeds the attention mask, "
+            "such as BERT."
         )
     return plain.shape[-1], causal
 
