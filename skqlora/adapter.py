@@ -22,7 +22,7 @@ class AdapterState:
     ----------
     lora : LoraSettings
     pooling : {"last", "mean", "cls", "pooler"}
-    text : TextSettings
+    text_settings : TextSettings
     model, revision : str or None
         The name of the base where the adapter was trained, and its commit if it came from the Hub.
     fingerprint, tokenizer_fingerprint : str
@@ -36,7 +36,7 @@ class AdapterState:
 
     lora: LoraSettings
     pooling: str
-    text: TextSettings
+    text_settings: TextSettings
     model: str
     revision: str | None
     fingerprint: str

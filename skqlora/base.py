@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -61,7 +62,9 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If something else is at `path`, or it cannot be written.
         """
-        saving.save(self, path, os.path.basename(path), overwrite=overwrite)
+        check_is_fitted(self)
+        parameters, fitted = self.get_params(deep=False), self._get_fitted()
+        saving.save(path, parameters, fitted, Path(path).name, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, revision: str | None = None) -> Self:
@@ -86,7 +89,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If there is no such folder or repository, or if a file is missing.
         """
-        return saving.load(cls, path, revision)
+        parameters, fitted = saving.load(path, revision, cls().get_params(deep=False))
+        estimator = cls(**parameters)
+        estimator._validate_params()
+        estimator._set_fitted(fitted)
+        return estimator
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None) -> str:
         """Write the fitted estimator to a repository of the Hugging Face Hub, as `save` does.
@@ -112,7 +119,9 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         huggingface_hub.errors.HfHubHTTPError, OfflineModeIsEnabled
             If the Hub refuses the upload or cannot be reached.
         """
-        return saving.push_to_hub(self, repo_id, private=private)
+        check_is_fitted(self)
+        parameters, fitted = self.get_params(deep=False), self._get_fitted()
+        return saving.push_to_hub(repo_id, parameters, fitted, private=private)
 
     def to_peft(self, path: str | os.PathLike) -> None:
         """Write the adapter and its head in PEFT's format for sequence classification.
@@ -177,10 +186,17 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             fit the base. The message names the mismatch.
         """
         import_libraries()
-        from skqlora.persistence.exporting import read_peft
+        from skqlora.persistence.exporting import peft_parameters, read_peft, read_peft_config
 
-        chosen, fitted = read_peft(cls, path, classes, multilabel, parameters)
-        estimator = cls(**chosen)
+        config = read_peft_config(path)
+        estimator = cls(**peft_parameters(config) | parameters)
+        estimator._validate_params()
+        fitted = read_peft(path, config, estimator._typed_parameters, classes, multilabel)
+        found = {
+            "target_modules": list(fitted.adapter.lora.target_modules),
+            "pooling": fitted.adapter.pooling,
+        }
+        estimator.set_params(**found | parameters)
         estimator._set_fitted(fitted)
         return estimator
 

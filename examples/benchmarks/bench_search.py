@@ -218,7 +218,7 @@ def bench_prediction(clf, texts, labels, repeats):
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
     backbone, spec = backbone_of(clf), BackboneSpec.of(clf._typed_parameters)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text, backbone.vocab_size)
+    tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text_settings, backbone.vocab_size)
     input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))
 
     def seconds(work):

@@ -53,7 +53,7 @@ def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[st
     with TextClassifierModel.for_prediction(backbone, adapter) as model:
         for start in range(0, len(different), PREDICTION_CHUNK):
             chunk = different[start : start + PREDICTION_CHUNK]
-            tokens, counts = tokenizer.tokenize(chunk, adapter.text, backbone.vocab_size)
+            tokens, counts = tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size)
             # The logits of a text are the mean over its windows, which lie one after the other.
             sums = np.add.reduceat(predict_logits(model, tokens), np.cumsum(counts) - counts)
             logits.append(sums / counts[:, None])

@@ -223,7 +223,9 @@ class TextClassifierModel(nn.Module):
         """Count the parameters of the adapter and the head."""
         return self.replica.n_parameters + sum(p.numel() for p in self.head.parameters())
 
-    def adapter_state(self, text: TextSettings, tokenizer_fingerprint: str = "") -> AdapterState:
+    def adapter_state(
+        self, text_settings: TextSettings, tokenizer_fingerprint: str = ""
+    ) -> AdapterState:
         """Copy the adapter and the head out of the model, to NumPy and without the base.
 
         The replica still holds the adapter, for a prediction that follows. The model itself does
@@ -232,7 +234,7 @@ class TextClassifierModel(nn.Module):
         state = AdapterState(
             lora=self.lora,
             pooling=self.pooling,
-            text=text,
+            text_settings=text_settings,
             model=self.backbone.spec.model,
             revision=self.backbone.spec.revision,
             fingerprint=self.backbone.fingerprint,

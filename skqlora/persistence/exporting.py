@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import ArrayLike
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -43,7 +44,7 @@ from skqlora.persistence.peft_format import (
 from skqlora.persistence.saved_format import check_head, check_lora, naming_the_file, typed
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.parameters import Parameters
-from skqlora.settings.settings import resolve_text
+from skqlora.settings.settings import resolve_text_settings
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The entries of an adapter's configuration that are read here or do not affect its result.
@@ -91,11 +92,11 @@ def to_transformers(
         spec.model, revision=spec.revision, trust_remote_code=False
     )
     tokenizer.pad_token = _safe_padding(tokenizer, backbone.vocab_size)
-    text = fitted.adapter.text
-    _warn_of_what_is_not_kept(text, kept=("head", "tail"))
+    text_settings = fitted.adapter.text_settings
+    _warn_of_what_is_not_kept(text_settings, kept=("head", "tail"))
     tokenizer.padding_side = "right"
-    tokenizer.truncation_side = "left" if text.truncation == "tail" else "right"
-    tokenizer.model_max_length = text.max_length
+    tokenizer.truncation_side = "left" if text_settings.truncation == "tail" else "right"
+    tokenizer.model_max_length = text_settings.max_length
     config = classification_config(
         backbone.module.config,
         [str(label) for label in fitted.classes.tolist()],
@@ -115,11 +116,11 @@ def _checked_base(parameters: Parameters, adapter: AdapterState) -> Backbone:
     return backbone
 
 
-def _warn_of_what_is_not_kept(text: TextSettings, kept: tuple[str, ...]) -> None:
+def _warn_of_what_is_not_kept(text_settings: TextSettings, kept: tuple[str, ...]) -> None:
     """Warn of settings that a format has no place for, such as a truncation not in `kept`."""
-    lost = [] if text.prompt is None else [f"prompt={text.prompt!r}"]
-    if text.truncation not in kept:
-        lost.append(f"truncation={text.truncation!r}")
+    lost = [] if text_settings.prompt is None else [f"prompt={text_settings.prompt!r}"]
+    if text_settings.truncation not in kept:
+        lost.append(f"truncation={text_settings.truncation!r}")
     if lost:
         warnings.warn(
             f"{' and '.join(lost)} cannot be written to this format. Do the same to the texts "
@@ -158,7 +159,7 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
     adapter = fitted.adapter
     spec = _checked_base(parameters, adapter).spec
-    _warn_of_what_is_not_kept(adapter.text, kept=("head",))
+    _warn_of_what_is_not_kept(adapter.text_settings, kept=("head",))
     model, revision = parameters.model, spec.revision
     stock, base, head_name = _stock_skeleton(read_config(model, revision), adapter.pooling)
     write_adapter(
@@ -175,29 +176,10 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     )
 
 
-def read_peft(
-    kind: Any, path: str | os.PathLike, classes: Any, multilabel: bool, changes: dict[str, Any]
-) -> tuple[dict[str, Any], Fitted]:
-    """Read an adapter that PEFT wrote; see `QLoRAClassifier.from_peft`.
-
-    Parameters
-    ----------
-    kind : type
-        The class of the classifier.
-    path, classes, multilabel
-        The arguments of `from_peft`.
-    changes : dict
-        The parameters of the classifier that the adapter does not decide.
-
-    Returns
-    -------
-    parameters : dict
-        The parameters of the classifier, by name.
-    fitted : Fitted
-    """
-    config = read_peft_config(path)
+def peft_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of an estimator that an adapter's configuration decides, by name."""
     targets = config["target_modules"]
-    parameters = {
+    return {
         "model": config["base_model_name_or_path"],
         "revision": config.get("revision"),
         "lora_r": config["r"],
@@ -207,16 +189,34 @@ def read_peft(
         "use_rslora": config.get("use_rslora", False),
         "use_dora": config.get("use_dora", False),
     }
-    estimator = kind(**parameters | changes)
-    estimator._validate_params()
-    typed_parameters = Parameters.of(estimator.get_params(deep=False))
-    adapter, footprint = read_peft_weights(path, config, typed_parameters)
+
+
+def read_peft(
+    path: str | os.PathLike,
+    config: dict[str, Any],
+    parameters: Parameters,
+    classes: ArrayLike | None,
+    multilabel: bool,
+) -> Fitted:
+    """Read an adapter that PEFT wrote; see `QLoRAClassifier.from_peft`.
+
+    Parameters
+    ----------
+    path : str or path
+        A folder, or the id of a repository of the Hub.
+    config : dict
+        The configuration that `read_peft_config` returned.
+    parameters : Parameters
+    classes, multilabel
+        The arguments of `from_peft`.
+
+    Returns
+    -------
+    fitted : Fitted
+    """
+    adapter, footprint = read_peft_weights(path, config, parameters)
     labels, adapter = _sorted_by_class(adapter, classes)
-    parameters |= {
-        "target_modules": list(adapter.lora.target_modules),
-        "pooling": adapter.pooling,
-    }
-    return parameters | changes, Fitted(
+    return Fitted(
         classes=labels,
         multilabel=multilabel,
         adapter=adapter,
@@ -343,7 +343,9 @@ def read_peft_weights(
     state = AdapterState(
         lora=lora,
         pooling=pooling,
-        text=resolve_text(parameters, architecture.max_length(tokenizer.max_length)),
+        text_settings=resolve_text_settings(
+            parameters, architecture.max_length(tokenizer.max_length)
+        ),
         model=spec.model,
         revision=spec.revision,
         fingerprint=backbone.fingerprint,
@@ -355,7 +357,9 @@ def read_peft_weights(
         return state, backbone.footprint(model.count_trainable())
 
 
-def _sorted_by_class(adapter: AdapterState, classes: Any) -> tuple[np.ndarray, AdapterState]:
+def _sorted_by_class(
+    adapter: AdapterState, classes: ArrayLike | None
+) -> tuple[np.ndarray, AdapterState]:
     """Sort the labels, and the rows of the head with them."""
     n_classes = len(adapter.head_tensors["weight"])
     labels = np.arange(n_classes) if classes is None else np.asarray(classes)

@@ -56,7 +56,7 @@ def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
         pipeline_tag="text-classification",
         tags=["peft", "lora", "qlora", "scikit-learn"],
     )
-    prompt = fitted.adapter.text.prompt
+    prompt = fitted.adapter.text_settings.prompt
     score, losses = fitted.best_validation_score, fitted.loss_curve
     rows = {
         "base": f"{model}, {parameters['quantization'] or 'not quantized'}",

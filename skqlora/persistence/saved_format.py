@@ -100,7 +100,7 @@ def write_classifier(
         "adapter": {
             "lora": asdict(adapter.lora),
             "pooling": adapter.pooling,
-            **asdict(adapter.text),
+            **asdict(adapter.text_settings),
             "model": adapter.model,
             "revision": adapter.revision,
             "fingerprint": adapter.fingerprint,
@@ -184,7 +184,7 @@ def read_classifier(folder: Path) -> SavedClassifier:
             AdapterState,
             lora=lora,
             pooling=typed(of_adapter, "pooling", str),
-            text=_text_from_json(of_adapter),
+            text_settings=_text_from_json(of_adapter),
             model=typed(of_adapter, "model", str),
             revision=typed(of_adapter, "revision", (str, type(None))),
             fingerprint=typed(of_adapter, "fingerprint", str),

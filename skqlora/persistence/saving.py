@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted
-
 from skqlora._utils.libraries import import_libraries
 from skqlora._utils.version import __version__
 from skqlora.adapter import Fitted
@@ -25,23 +22,28 @@ REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # an id of the Hub
 
 
 def save(
-    estimator: BaseEstimator, path: str | os.PathLike, name: str, *, overwrite: bool = False
+    path: str | os.PathLike,
+    parameters: dict[str, Any],
+    fitted: Fitted,
+    name: str,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a fitted estimator to a folder; see `QLoRAClassifier.save`.
 
     Parameters
     ----------
-    estimator : QLoRAClassifier
     path : str or path
+    parameters : dict
+        The estimator's parameters, by name.
+    fitted : Fitted
     name : str
         The folder or the repository that the model card says to load from.
     overwrite : bool, default=False
     """
-    check_is_fitted(estimator)
     import_libraries()  # PEFT writes its own configuration
-    parameters, fitted = estimator.get_params(deep=False), estimator._get_fitted()
-    adapter, model = fitted.adapter, os.fspath(estimator.model)
-    revision = adapter.revision if adapter.model == model else estimator.revision
+    adapter, model = fitted.adapter, os.fspath(parameters["model"])
+    revision = adapter.revision if adapter.model == model else parameters["revision"]
     moved = replace(fitted, adapter=replace(adapter, model=model, revision=revision))
     with written_folder(path, ALL_FILES if overwrite else None) as folder:
         write_adapter(
@@ -50,51 +52,55 @@ def save(
             adapter.lora_tensors,
             model=model,
             revision=revision,
-            lora_dropout=estimator.lora_dropout,
+            lora_dropout=parameters["lora_dropout"],
         )
         _write_card(folder, parameters, fitted, name)
         write_classifier(folder, parameters, moved, __version__)
 
 
-def load(kind: Any, path: str | os.PathLike, revision: str | None) -> Any:
+def load(
+    path: str | os.PathLike, revision: str | None, defaults: dict[str, Any]
+) -> tuple[dict[str, Any], Fitted]:
     """Read an estimator that `save` wrote; see `QLoRAClassifier.load`.
 
     Parameters
     ----------
-    kind : type
-        The class of the estimator.
     path : str or path
     revision : str or None
+    defaults : dict
+        The parameters of an estimator of that class, by name, with their defaults.
 
     Returns
     -------
-    estimator : QLoRAClassifier
+    parameters : dict
+        The estimator's parameters, by name, not validated.
+    fitted : Fitted
     """
     folder = _folder_of(path, revision)
-    parameters, fitted, settled = read_classifier(folder)
-    unknown = parameters.keys() - set(kind._get_param_names())
+    saved = read_classifier(folder)
+    unknown = saved.parameters.keys() - defaults.keys()
     if unknown:
         raise ValueError(
             f"{str(folder)!r} holds the parameter {min(unknown)!r}, which this version of "
             "skqlora does not have. Wanted: the version that wrote it, or a newer one."
         )
-    estimator = kind(**parameters)
-    estimator._validate_params()
-    if settled is not None:
-        asked = Parameters.of(estimator.get_params(deep=False))
-        fitted = replace(fitted, settings=Settings.from_settled(asked, settled))
-    estimator._set_fitted(fitted)
-    return estimator
+    parameters = defaults | saved.parameters
+    if saved.settled is None:
+        return parameters, saved.fitted
+    settings = Settings.from_settled(Parameters.of(parameters), saved.settled)
+    return parameters, replace(saved.fitted, settings=settings)
 
 
-def push_to_hub(estimator: BaseEstimator, repo_id: str, *, private: bool | None) -> str:
+def push_to_hub(
+    repo_id: str, parameters: dict[str, Any], fitted: Fitted, *, private: bool | None
+) -> str:
     """Write a fitted estimator to the Hugging Face Hub; see `QLoRAClassifier.push_to_hub`."""
     from huggingface_hub import HfApi
 
-    check_is_fitted(estimator)
-    if os.path.isdir(estimator.model):
+    model = os.fspath(parameters["model"])
+    if os.path.isdir(model):
         warnings.warn(
-            f"Got model={os.fspath(estimator.model)!r}, a folder of this machine, and that path is "
+            f"Got model={model!r}, a folder of this machine, and that path is "
             "published. If the base is on the Hub, call clf.set_params(model='its name there') "
             "before; otherwise those who load the classifier set it to a folder of theirs.",
             stacklevel=3,
@@ -102,10 +108,10 @@ def push_to_hub(estimator: BaseEstimator, repo_id: str, *, private: bool | None)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "classifier"
         # What cannot be written shows here, before there is a repository.
-        save(estimator, folder, repo_id)
+        save(folder, parameters, fitted, repo_id)
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
         # Now the card gets the name of the organisation too.
-        _write_card(folder, estimator.get_params(deep=False), estimator._get_fitted(), repo_id)
+        _write_card(folder, parameters, fitted, repo_id)
         commit = HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),

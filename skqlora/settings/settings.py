@@ -66,7 +66,7 @@ class Settings(Parameters):
     chosen: tuple[str, ...] = ()
 
     @property
-    def text(self) -> TextSettings:
+    def text_settings(self) -> TextSettings:
         """The settings for turning a text into token ids."""
         return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
 
@@ -204,7 +204,7 @@ def resolve_max_length(parameters: Parameters, limit: int) -> int:
     return max_length
 
 
-def resolve_text(parameters: Parameters, limit: int) -> TextSettings:
+def resolve_text_settings(parameters: Parameters, limit: int) -> TextSettings:
     """Choose the settings for turning the texts of a fit into token ids.
 
     Parameters

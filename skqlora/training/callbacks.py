@@ -6,9 +6,8 @@ This module knows nothing of models.
 from collections.abc import Callable
 from typing import Any
 
-from sklearn.base import BaseEstimator
-
 from skqlora.text.inputs import LabelledTexts
+from skqlora.training.estimator import FitEstimator
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -44,7 +43,7 @@ class FitTasks:
         The texts, labels and weights that are trained on.
     """
 
-    def __init__(self, estimator: BaseEstimator, n_epochs: int, table: LabelledTexts):
+    def __init__(self, estimator: FitEstimator, n_epochs: int, table: LabelledTexts):
         self._estimator = estimator
         self._told = {"X": table.texts, "y": table.labels}
         if table.sample_weight is not None:
@@ -61,7 +60,7 @@ class FitTasks:
             self._epoch = self._root.subcontext(task_name="epoch")
             self._epoch.call_on_fit_task_begin(estimator=self._estimator, **self._told)
 
-    def end_epoch(self, fitted: BaseEstimator) -> bool:
+    def end_epoch(self, fitted: FitEstimator) -> bool:
         """Tell the callbacks that the epoch has ended, and return whether one wants to stop.
 
         Parameters
@@ -71,11 +70,11 @@ class FitTasks:
         """
         return self._end(self._epoch, fitted)
 
-    def end(self, fitted: BaseEstimator) -> None:
+    def end(self, fitted: FitEstimator) -> None:
         """Tell the callbacks that the fit has ended."""
         self._end(self._root, fitted)
 
-    def _end(self, task: Any, fitted: BaseEstimator) -> bool:
+    def _end(self, task: Any, fitted: FitEstimator) -> bool:
         if task is None:
             return False
         unfitted = CALLBACK_ATTRIBUTES.union(fitted.get_params(deep=False))

@@ -9,12 +9,12 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
 
 from skqlora.adapter import AdapterState, Fitted
 from skqlora.text.inputs import LabelledTexts
+from skqlora.training.estimator import FitEstimator
 
 
 class EarlyStopping:
@@ -35,7 +35,7 @@ class EarlyStopping:
         The adapter with the best score so far.
     """
 
-    def __init__(self, estimator: BaseEstimator, held_out: LabelledTexts, earlier: list[float]):
+    def __init__(self, estimator: FitEstimator, held_out: LabelledTexts, earlier: list[float]):
         self._scoring = scoring = estimator.scoring
         self._scorer = _loss_scorer if scoring == "loss" else check_scoring(estimator, scoring)
         self._patience, self._tol = estimator.n_iter_no_change, estimator.tol
@@ -45,7 +45,7 @@ class EarlyStopping:
         self.best: AdapterState | None = None
         self._best_score = -math.inf
 
-    def score(self, fitted: Any) -> float:
+    def score(self, fitted: FitEstimator) -> float:
         """Score an estimator on the held-out texts, as if its fit ended now.
 
         Raises

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
 from skqlora._utils.libraries import import_libraries
@@ -30,6 +29,7 @@ from skqlora.training.checkpoints import (
     with_tensors,
 )
 from skqlora.training.early_stopping import EarlyStopping, hold_out
+from skqlora.training.estimator import FitEstimator
 
 if TYPE_CHECKING:  # torch and transformers load at first use
     from skqlora.training.distributed import Ranks
@@ -51,7 +51,7 @@ class DivergenceError(FloatingPointError):
 
 
 def fit_epochs(
-    estimator: BaseEstimator,
+    estimator: FitEstimator,
     table: LabelledTexts,
     held_out: LabelledTexts | None,
     start: Fitted | None,
@@ -135,7 +135,7 @@ def fit_epochs(
             return fitted
 
 
-def fit_piece(estimator: BaseEstimator, table: LabelledTexts, start: Fitted | None) -> Fitted:
+def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | None) -> Fitted:
     """Train one epoch on one piece of the data, as `fit_epochs` does, and keep the optimizer.
 
     Parameters
@@ -209,7 +209,7 @@ class _Saving:
         self._checkpoints = None
         if params["checkpoint_dir"] is not None:
             bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
-            identity = data, bases, run.settings.text, ranks.size
+            identity = data, bases, run.settings.text_settings, ranks.size
             self._checkpoints = Checkpoints(params, identity, torch.get_num_threads())
 
     def __enter__(self) -> "_Saving":
@@ -279,7 +279,7 @@ class _Saving:
 
 
 def _early_stopping(
-    estimator: BaseEstimator,
+    estimator: FitEstimator,
     table: LabelledTexts,
     held_out: LabelledTexts | None,
     start: Fitted | None,
@@ -296,7 +296,7 @@ def _early_stopping(
     return table, EarlyStopping(estimator, held_out, scores)
 
 
-def as_fitted(estimator: BaseEstimator, fitted: Fitted) -> BaseEstimator:
+def as_fitted(estimator: FitEstimator, fitted: Fitted) -> FitEstimator:
     """Return a fitted copy of the estimator, which itself stays as it is."""
     copied = copy.copy(estimator)
     copied._set_fitted(fitted)
@@ -330,7 +330,7 @@ def _fitted_now(
     )
 
 
-def _choose_seed(estimator: BaseEstimator, start: Fitted | None) -> int:
+def _choose_seed(estimator: FitEstimator, start: Fitted | None) -> int:
     """Draw a seed, or return that of the fit to continue, so that the same texts stay held out.
 
     A fit that continues another one trains with this seed plus the number of the epochs before, so

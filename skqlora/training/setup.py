@@ -21,7 +21,7 @@ from skqlora.model.lora import resolve_lora
 from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel, resolve_pooling
 from skqlora.settings.parameters import Parameters
-from skqlora.settings.settings import Settings, resolve_settings, resolve_text
+from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.tokenization import load_tokenizer
@@ -55,7 +55,9 @@ class TrainingRun:
 
     def adapter_state(self) -> AdapterState:
         """Return a copy of the adapter as it is now."""
-        return self.trainer.model.adapter_state(self.settings.text, self.tokenizer_fingerprint)
+        return self.trainer.model.adapter_state(
+            self.settings.text_settings, self.tokenizer_fingerprint
+        )
 
 
 @contextmanager
@@ -106,12 +108,12 @@ def prepared_training(
     architecture = spec.architecture(progress_bars=bool(parameters.verbose))
     lora = resolve_lora(parameters, architecture.skeleton)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    text = resolve_text(parameters, architecture.max_length(tokenizer.max_length))
+    text_settings = resolve_text_settings(parameters, architecture.max_length(tokenizer.max_length))
     check_class_names(parameters.init_head_weights, table, parameters.pooling)
-    tokens, counts = tokenizer.tokenize(table.texts, text, architecture.vocab_size)
+    tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size)
     rows, row_weights = expand_windows(table, weights, counts)
     n_classes = len(table.classes)
-    longest = min(rounded_up_length(int(tokens.lengths.max())), text.max_length)
+    longest = min(rounded_up_length(int(tokens.lengths.max())), text_settings.max_length)
     planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_classes, longest)
     checkpointing = ranks.call_on_first(lambda: _choose_checkpointing(planned))
 
@@ -120,7 +122,7 @@ def prepared_training(
         parameters,
         device=str(spec.device),
         compute_dtype=str(spec.compute_dtype).removeprefix("torch."),
-        max_length=text.max_length,
+        max_length=text_settings.max_length,
         pooling=resolve_pooling(parameters.pooling, backbone),
         num_train_epochs=n_epochs,
         gradient_checkpointing=checkpointing,

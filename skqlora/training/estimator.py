@@ -1,0 +1,31 @@
+"""What a fit needs of the estimator that it fits."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from skqlora.adapter import Fitted
+from skqlora.text.weights import ClassWeight
+
+
+class FitEstimator(Protocol):
+    """An estimator whose parameters were validated.
+
+    Those that say what a training computes are read by `Parameters.of`. The parameters below say
+    how a fit begins, is scored and ends, and are read where that happens.
+    """
+
+    class_weight: ClassWeight
+    early_stopping: bool
+    validation_fraction: float
+    n_iter_no_change: int
+    tol: float
+    scoring: str | Callable[..., float] | None
+    random_state: int | np.random.RandomState | None
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the parameters by name."""
+
+    def _set_fitted(self, fitted: Fitted) -> None:
+        """Set the fitted attributes."""
