@@ -147,7 +147,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         from skqlora.persistence.exporting import write_peft
 
         with written_folder(path) as folder:
-            write_peft(self._typed_parameters, self._get_fitted(), folder)
+            write_peft(self._parameters(), self._get_fitted(), folder)
 
     @classmethod
     def from_peft(
@@ -191,7 +191,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         config = read_peft_config(path)
         estimator = cls(**peft_parameters(config) | parameters)
         estimator._validate_params()
-        fitted = read_peft(path, config, estimator._typed_parameters, classes, multilabel)
+        fitted = read_peft(path, config, estimator._parameters(), classes, multilabel)
         found = {
             "target_modules": list(fitted.adapter.lora.target_modules),
             "pooling": fitted.adapter.pooling,
@@ -224,7 +224,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         import_libraries()
         from skqlora.persistence.exporting import to_transformers
 
-        return to_transformers(self._typed_parameters, self._get_fitted())
+        return to_transformers(self._parameters(), self._get_fitted())
 
     def merge(self, path: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Write the model of `to_transformers` and its tokenizer to a folder.
@@ -253,7 +253,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         from skqlora.persistence.exporting import write_merged
 
         with written_folder(path) as folder:
-            write_merged(self._typed_parameters, self._get_fitted(), folder, dtype)
+            write_merged(self._parameters(), self._get_fitted(), folder, dtype)
 
     def _compute_logits(self, X: Any) -> np.ndarray:
         """Compute logits of shape (n_texts, n_outputs), from the base of the process."""
@@ -267,7 +267,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             logits = [self._compute_logits(chunk) for chunk in chunks]
             return np.concatenate(logits or [self._compute_logits([])])
         texts = self._check_texts(X, reset=False)
-        return compute_logits(self._typed_parameters, self.adapter_, texts)
+        return compute_logits(self._parameters(), self.adapter_, texts)
 
     def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
         """Turn `X` into texts; `reset` says whether to remember what is seen in it."""
@@ -305,8 +305,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             random_seed=self._random_seed,
         )
 
-    @property
-    def _typed_parameters(self) -> Parameters:
+    def _parameters(self) -> Parameters:
+        """Read the parameters, which were validated, as typed values."""
         return Parameters.of(self.get_params(deep=False))
 
     def _check_validation(

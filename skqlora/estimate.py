@@ -71,4 +71,4 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     import_libraries()
     from skqlora.memory.planning import estimate_fit
 
-    return estimate_fit(clf._typed_parameters, n_classes)
+    return estimate_fit(clf._parameters(), n_classes)

@@ -170,7 +170,7 @@ def run_peer(model, work, table, seed):
     config = AutoConfig.from_pretrained(model)
     ours = QLoRAClassifier(model)
     rate = auto_learning_rate(config.model_type, config.hidden_size)
-    dtype = BackboneSpec.of(ours._typed_parameters).compute_dtype
+    dtype = BackboneSpec.of(ours._parameters()).compute_dtype
     classes = sorted(set(labels))
     tokenizer = AutoTokenizer.from_pretrained(model)
 

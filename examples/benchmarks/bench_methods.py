@@ -148,7 +148,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier(self.model)
-        self.dtype_ = BackboneSpec.of(ours._typed_parameters).compute_dtype
+        self.dtype_ = BackboneSpec.of(ours._parameters()).compute_dtype
         self.multilabel_ = y.ndim == 2
         self.classes_, targets = encode(y)
         self._load(len(self.classes_))

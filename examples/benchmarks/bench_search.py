@@ -203,7 +203,7 @@ def backbone_of(clf):
     from skqlora.model.cache import get_backbone
     from skqlora.model.spec import BackboneSpec
 
-    return get_backbone(BackboneSpec.of(clf._typed_parameters))
+    return get_backbone(BackboneSpec.of(clf._parameters()))
 
 
 # Prediction
@@ -216,7 +216,7 @@ def bench_prediction(clf, texts, labels, repeats):
     from skqlora.text.tokenization import load_tokenizer
 
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
-    backbone, spec = backbone_of(clf), BackboneSpec.of(clf._typed_parameters)
+    backbone, spec = backbone_of(clf), BackboneSpec.of(clf._parameters())
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text_settings, backbone.vocab_size)
     input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))
