@@ -1,8 +1,12 @@
 """Fixtures: tiny models on disk, one of each kind for the whole run, and texts that fit them."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing is ever fetched in a test
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch too: there is a worker for each core. Processes that tests start inherit it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -11,6 +15,15 @@ import transformers
 from helpers import make_backbone, make_classifier
 
 transformers.utils.logging.disable_progress_bar()  # of `save_pretrained`
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass over what is there already, all of it modules and tests.
+
+    Each load of a base collects garbage, which takes half a second with all of that.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,7 @@ def test_callbacks_of_scikit_learn_in_searches_and_pipelines(clf, texts, labels,
 
 
 @needs_callbacks
+@pytest.mark.slow  # the workers import torch, which test_processes.py waits for already
 def test_scores_come_back_from_worker_processes(clf, texts, labels):
     from sklearn.callback import ScoringMonitor
 

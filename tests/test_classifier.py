@@ -90,6 +90,9 @@ def copy_with_padding_side(model, folder, side):
     return str(folder)
 
 
+@pytest.mark.parametrize(
+    "model", [pytest.param("bert", marks=pytest.mark.slow), "llama"], indirect=True
+)
 def test_same_seed_same_classifier_in_another_process_too(model, corpus, tmp_path):
     first, again = (make_classifier(model).fit(*corpus) for _ in range(2))
     assert_equal_adapters(first, again)
@@ -99,7 +102,16 @@ def test_same_seed_same_classifier_in_another_process_too(model, corpus, tmp_pat
         assert_equal_adapters(first, other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        ("bert", "float32"),
+        pytest.param("bert", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("llama", "float32", marks=pytest.mark.slow),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.slow),
+    ],
+    indirect=["model"],
+)
 def test_fit_in_a_used_process_equals_one_in_a_fresh_process(
     model, corpus, dtype, tmp_path, monkeypatch
 ):
@@ -338,7 +350,7 @@ def test_parameters_arrive_where_they_act(encoder, corpus):
     ).fit(*corpus)
     expected = lora | {"r": 3, "target_modules": ("query", "value")}
     assert vars(clf.adapter_.lora) == expected
-    assert clf.adapter_.text.max_length == 9
+    assert clf.adapter_.text_settings.max_length == 9
     assert {name: getattr(clf.settings_, name) for name in recipe} == recipe
     assert clf.settings_.head_learning_rate == 10 * clf.settings_.learning_rate
 

@@ -43,6 +43,7 @@ def fitted(encoder, corpus):
     return make_classifier(encoder).fit(*corpus)
 
 
+@pytest.mark.slow  # twelve fits; those of a cross-validation are compared below
 def test_search_on_a_cluster_is_a_search(client, encoder, corpus):
     texts, labels = corpus
 
@@ -137,6 +138,7 @@ def die_once(texts, mark, parent):
     return texts
 
 
+@pytest.mark.slow  # another worker starts
 def test_worker_that_dies_is_replaced(client, encoder, corpus, tmp_path):
     texts, labels = (np.array(values, dtype=object) for values in corpus)
     mark = tmp_path / "died"

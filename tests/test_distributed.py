@@ -18,7 +18,7 @@ EXTRA = {
 }
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def fitted(request, tiny_model, tmp_path_factory):
     """A model's folder, and what two ranks that trained on it wrote."""
     model, folder = tiny_model(request.param), tmp_path_factory.mktemp("ranks")

@@ -1,4 +1,8 @@
-"""The examples run."""
+"""The examples run.
+
+Those in processes of their own, of the gallery and of benchmarks, are slow: each imports torch and
+fits real classifiers. What they show of the package other tests show too.
+"""
 
 import csv
 import importlib.util
@@ -89,6 +93,7 @@ def test_docstrings_do_not_name_their_function():
     assert text == "Run of on data."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
@@ -112,6 +117,7 @@ def test_gallery(name, printed):
     assert printed in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("examples")
 def test_search_on_a_cluster(encoder, monkeypatch, capsys):
     options = ["--model", encoder, "--rows", "60"]
@@ -123,6 +129,7 @@ def test_search_on_a_cluster(encoder, monkeypatch, capsys):
     assert "'lora_r': 16, 'num_train_epochs': 2}: 0." in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("examples")
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # in dask
 @pytest.mark.filterwarnings("ignore:.*texts have more than max_length")  # of the tiny model
@@ -139,6 +146,7 @@ def test_large_tables(encoder, monkeypatch, tmp_path, capsys):
     assert (in_chunks["label"].to_numpy() == on_cluster["label"].to_numpy()).mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_processes", [1, 2])
 def test_data_parallel_training(encoder, corpus, tmp_path, n_processes):
     table, output = tmp_path / "train.csv", tmp_path / "fitted.joblib"
@@ -154,6 +162,7 @@ def test_data_parallel_training(encoder, corpus, tmp_path, n_processes):
     assert len(joblib.load(output).classes_) == 3
 
 
+@pytest.mark.slow
 def test_benchmark_of_a_search(encoder, tmp_path):
     output = tmp_path / "figures.json"
     script = [EXAMPLES / "benchmarks" / "bench_search.py", "--model", encoder, "--output", output]
@@ -180,6 +189,7 @@ def test_benchmark_of_a_search(encoder, tmp_path):
     assert len(json.loads(output.read_text())["rows"]) == 14
 
 
+@pytest.mark.slow
 def test_benchmark_of_fit_and_predict(encoder, corpus, tmp_path):
     (tmp_path / "trec6").mkdir()
     for part in ("train", "test"):
@@ -230,6 +240,7 @@ def run_benchmark(script, *options):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_of_methods_resumes(encoder, tables):
     output = tables / "runs.jsonl"
     options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0"]
@@ -321,6 +332,7 @@ def test_a_run_that_was_cut_off_is_run_again(monkeypatch, tmp_path):
     assert tasks.run_missing(keys, None, output) == runs
 
 
+@pytest.mark.slow
 def test_benchmark_of_settings_draws_a_picture(encoder, tables):
     output, picture = tables / "runs.jsonl", tables / "rank.png"
     options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0"]
@@ -334,6 +346,7 @@ def test_benchmark_of_settings_draws_a_picture(encoder, tables):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_benchmark_of_calibration_draws_a_picture(encoder, tables):
     output, picture = tables / "runs.jsonl", tables / "reliability.png"
     options = ["--data", tables, "--model", encoder, "--output", output, "--seeds", "0", "1"]
@@ -387,6 +400,7 @@ def test_expected_calibration_error_is_that_of_its_definition(monkeypatch):
     assert (counts[7], accuracies[7]) == (2, 0.5)
 
 
+@pytest.mark.slow
 def test_benchmark_of_scaling(encoder, tmp_path):
     output, picture = tmp_path / "figures.json", tmp_path / "curves.png"
     script = [EXAMPLES / "benchmarks" / "bench_scaling.py", "--model", encoder, "--repeats", "1"]
@@ -403,6 +417,7 @@ def test_benchmark_of_scaling(encoder, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_benchmark_of_a_gpu_runs_without_one(tmp_path, checkpointing):
     output = tmp_path / "figures.json"

@@ -162,6 +162,9 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(model, corpus, checkpoints,
     assert resumed.validation_scores_ == whole.validation_scores_
 
 
+@pytest.mark.parametrize(
+    "model", ["bert", pytest.param("llama", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_killed_process_goes_on_to_the_same_bits(model, corpus, checkpoints):
     params = checkpoints | {"early_stopping": True}
     code = KILLED.format(

@@ -102,7 +102,7 @@ def test_cuda_learns_in_bfloat16(model, corpus, optim):
     )
     clf.fit(texts, labels)
     assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
-    assert BackboneSpec.of(clf._typed_parameters).compute_dtype == torch.bfloat16
+    assert BackboneSpec.of(clf._parameters()).compute_dtype == torch.bfloat16
 
 
 def test_float16_learns_with_a_scaled_loss(model, corpus):

@@ -3,9 +3,6 @@
 import subprocess
 import sys
 
-import joblib
-from helpers import make_classifier
-
 SCRIPT = """
 import logging, os, sys, warnings
 import sklearn
@@ -23,19 +20,6 @@ assert not heavy, heavy
 
 def test_import_has_no_side_effects():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
-
-
-def test_unpickling_a_fitted_classifier_loads_no_torch(encoder, corpus, tmp_path):
-    path = tmp_path / "fitted.joblib"
-    joblib.dump(make_classifier(encoder, num_train_epochs=1).fit(*corpus), path)
-    script = (
-        "import joblib, sys; clf = joblib.load(sys.argv[1]); assert 'torch' not in sys.modules\n"
-        "clf.predict(['a cat'])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, path], check=True, capture_output=True, text=True
-    )
-    assert result.stdout + result.stderr == ""
 
 
 def test_fit_on_a_cpu_takes_no_cuda_context_and_prints_nothing(encoder):

@@ -59,7 +59,10 @@ print(result if isinstance(result, str) else (result == clf.predict_proba(texts)
 """
 
 
-@pytest.mark.parametrize(("n_threads", "where"), [("2", "in main"), ("1", "in a thread")])
+@pytest.mark.parametrize(
+    ("n_threads", "where"),
+    [("2", "in main"), pytest.param("1", "in a thread", marks=pytest.mark.slow)],
+)
 def test_fork_of_a_process_that_computed_on_threads_is_refused(encoder, n_threads, where):
     printed = run(FORK, encoder, n_threads, where)
     assert "was forked from one" in printed
@@ -113,6 +116,7 @@ def die_in_a_worker(texts, parent):
     return texts
 
 
+@pytest.mark.slow  # the workers start twice
 def test_worker_that_dies_is_an_error_and_the_next_search_runs(encoder, corpus):
     deadly = FunctionTransformer(die_in_a_worker, kw_args={"parent": os.getpid()})
     clf = make_classifier(encoder, num_train_epochs=1)
