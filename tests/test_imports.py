@@ -14,7 +14,8 @@ def state():
     return loggers, list(warnings.filters), dict(os.environ)
 before = state()
 import skqlora
-skqlora.QLoRAClassifier(lora_r=8).get_params()
+clf = skqlora.QLoRAClassifier(lora_r=8)
+clf.get_params(), clf._repr_html_(), repr(clf), dir(clf)
 assert state() == before
 heavy = {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)
 assert not heavy, heavy
@@ -29,7 +30,9 @@ def test_unpickling_a_fitted_classifier_loads_no_torch(encoder, corpus, tmp_path
     path = tmp_path / "fitted.joblib"
     joblib.dump(make_classifier(encoder, num_train_epochs=1).fit(*corpus), path)
     script = (
-        "import joblib, sys; clf = joblib.load(sys.argv[1]); assert 'torch' not in sys.modules\n"
+        "import joblib, sys; clf = joblib.load(sys.argv[1])\n"
+        "try: clf.predict('a single text')\n"
+        "except TypeError: assert 'torch' not in sys.modules\n"
         "clf.predict(['a cat'])"
     )
     result = subprocess.run(
