@@ -166,7 +166,7 @@ class Footprint:
         return "\n".join(line(*row) for row in rows if row[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fitted:
     """The attributes that a fit sets on its estimator, named without their underscore.
 

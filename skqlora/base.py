@@ -1,5 +1,6 @@
-"""The methods that every estimator of this package has: they save, load, export and compute."""
+"""The methods of the classifier that are not about fitting: save, load, export, logits."""
 
+import copy
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +15,7 @@ from skqlora._utils.libraries import import_libraries
 from skqlora.adapter import Fitted
 from skqlora.persistence import saving
 from skqlora.persistence.folders import written_folder
-from skqlora.settings.parameters import Parameters
+from skqlora.settings.parameters import read_parameters
 from skqlora.text.inputs import (
     LabelledTexts,
     check_texts,
@@ -24,6 +25,7 @@ from skqlora.text.inputs import (
 from skqlora.training.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin
 
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
+PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
 
 
@@ -63,8 +65,14 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             If something else is at `path`, or it cannot be written.
         """
         check_is_fitted(self)
-        parameters, fitted = self.get_params(deep=False), self._get_fitted()
-        saving.save(path, parameters, fitted, Path(path).name, overwrite=overwrite)
+        saving.save(
+            path,
+            self.get_params(deep=False),
+            read_parameters(self),
+            self._get_fitted(),
+            Path(path).name,
+            overwrite=overwrite,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, revision: str | None = None) -> Self:
@@ -89,8 +97,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If there is no such folder or repository, or if a file is missing.
         """
-        parameters, fitted = saving.load(path, revision, cls().get_params(deep=False))
-        estimator = cls(**parameters)
+        params, fitted = saving.load(path, revision, known=cls._get_param_names())
+        estimator = cls(**params)
         estimator._validate_params()
         estimator._set_fitted(fitted)
         return estimator
@@ -120,8 +128,13 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             If the Hub refuses the upload or cannot be reached.
         """
         check_is_fitted(self)
-        parameters, fitted = self.get_params(deep=False), self._get_fitted()
-        return saving.push_to_hub(repo_id, parameters, fitted, private=private)
+        return saving.push_to_hub(
+            repo_id,
+            self.get_params(deep=False),
+            read_parameters(self),
+            self._get_fitted(),
+            private=private,
+        )
 
     def to_peft(self, path: str | os.PathLike) -> None:
         """Write the adapter and its head in PEFT's format for sequence classification.
@@ -147,7 +160,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         from skqlora.persistence.exporting import write_peft
 
         with written_folder(path) as folder:
-            write_peft(self._parameters(), self._get_fitted(), folder)
+            write_peft(read_parameters(self), self._get_fitted(), folder)
 
     @classmethod
     def from_peft(
@@ -191,7 +204,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         config = read_peft_config(path)
         estimator = cls(**peft_parameters(config) | parameters)
         estimator._validate_params()
-        fitted = read_peft(path, config, estimator._parameters(), classes, multilabel)
+        fitted = read_peft(path, config, read_parameters(estimator), classes, multilabel)
         found = {
             "target_modules": list(fitted.adapter.lora.target_modules),
             "pooling": fitted.adapter.pooling,
@@ -224,7 +237,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         import_libraries()
         from skqlora.persistence.exporting import to_transformers
 
-        return to_transformers(self._parameters(), self._get_fitted())
+        return to_transformers(read_parameters(self), self._get_fitted())
 
     def merge(self, path: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Write the model of `to_transformers` and its tokenizer to a folder.
@@ -253,21 +266,22 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         from skqlora.persistence.exporting import write_merged
 
         with written_folder(path) as folder:
-            write_merged(self._parameters(), self._get_fitted(), folder, dtype)
+            write_merged(read_parameters(self), self._get_fitted(), folder, dtype)
 
     def _compute_logits(self, X: Any) -> np.ndarray:
         """Compute logits of shape (n_texts, n_outputs), from the base of the process."""
         check_is_fitted(self)
         self._validate_params()
-        import_libraries()
-        from skqlora.model.prediction import PREDICTION_CHUNK, compute_logits
-
         if isinstance(X, Iterator):  # only a chunk of it is held at a time
             chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
             logits = [self._compute_logits(chunk) for chunk in chunks]
             return np.concatenate(logits or [self._compute_logits([])])
         texts = self._check_texts(X, reset=False)
-        return compute_logits(self._parameters(), self.adapter_, texts)
+        import_libraries()
+        from skqlora.model.prediction import compute_logits
+
+        parameters = read_parameters(self)
+        return compute_logits(parameters, self.adapter_, texts, chunk_size=PREDICTION_CHUNK)
 
     def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
         """Turn `X` into texts; `reset` says whether to remember what is seen in it."""
@@ -282,11 +296,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         self.n_iter_ = fitted.n_iter
         self.n_samples_seen_ = fitted.n_samples_seen
         self.loss_curve_ = list(fitted.loss_curve)
-        self.validation_scores_ = fitted.validation_scores
+        self.validation_scores_ = copy.copy(fitted.validation_scores)
         self.best_validation_score_ = fitted.best_validation_score
         self.optimizer_state_ = fitted.optimizer_state
         self.footprint_ = fitted.footprint
-        self._random_seed = fitted.random_seed
+        self._random_seed_ = fitted.random_seed
 
     def _get_fitted(self) -> Fitted:
         """Return the attributes that `_set_fitted` has set."""
@@ -298,16 +312,12 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             n_iter=self.n_iter_,
             n_samples_seen=self.n_samples_seen_,
             loss_curve=list(self.loss_curve_),
-            validation_scores=self.validation_scores_,
+            validation_scores=copy.copy(self.validation_scores_),
             best_validation_score=self.best_validation_score_,
             optimizer_state=self.optimizer_state_,
             footprint=self.footprint_,
-            random_seed=self._random_seed,
+            random_seed=self._random_seed_,
         )
-
-    def _parameters(self) -> Parameters:
-        """Read the parameters, which were validated, as typed values."""
-        return Parameters.of(self.get_params(deep=False))
 
     def _check_validation(
         self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any

@@ -364,7 +364,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             fitted = fit_epochs(self, table, held_out, start)
         except DivergenceError as error:
             self._set_fitted(error.fitted)
-            raise
+            raise FloatingPointError(str(error)) from None
         self._set_fitted(fitted)
         return self
 

@@ -6,6 +6,7 @@ from sklearn.utils.validation import check_scalar
 
 from skqlora._utils.libraries import import_libraries
 from skqlora.classifier import QLoRAClassifier
+from skqlora.settings.parameters import read_parameters
 
 
 def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
@@ -71,4 +72,4 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     import_libraries()
     from skqlora.memory.planning import estimate_fit
 
-    return estimate_fit(clf._parameters(), n_classes)
+    return estimate_fit(read_parameters(clf), n_classes)

@@ -12,7 +12,7 @@ from skqlora.model.cache import get_backbone
 from skqlora.model.spec import BackboneSpec, describe_files
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.settings.adapter_settings import LoraSettings
-from skqlora.settings.parameters import Parameters
+from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_settings
 from skqlora.text.batches import TokenizedTexts
 from skqlora.training.trainer import Trainer
@@ -115,7 +115,7 @@ def make_settings(*, model_type="bert", hidden_size=64, **changes):
     """Settings of a short training, with the estimator's defaults where nothing else is said."""
     rates = {"learning_rate": 1e-3, "head_learning_rate": 5e-3}
     params = {"num_train_epochs": 1, "warmup_steps": 0} | rates | changes
-    parameters = Parameters.of(QLoRAClassifier(**params).get_params())
+    parameters = read_parameters(QLoRAClassifier(**params))
     return resolve_settings(
         parameters,
         device="cpu",

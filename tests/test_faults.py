@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -58,8 +59,10 @@ def test_divergence_keeps_the_last_epoch_before(encoder, corpus, monkeypatch, ea
     expected = make_classifier(encoder, num_train_epochs=2, **params).fit(*corpus, **held_out)
     clf = make_classifier(encoder, num_train_epochs=6, **params)
     spoil_update(monkeypatch, 7)  # three updates an epoch: the first of the third
-    with pytest.raises(FloatingPointError, match=r"in update 8 \(epoch 3\)"):
+    with pytest.raises(FloatingPointError, match=r"in update 8 \(epoch 3\)") as raised:
         clf.fit(*corpus, **held_out)
+    sent = pickle.loads(pickle.dumps(raised.value))  # as a worker process sends it
+    assert (type(sent), str(sent)) == (FloatingPointError, str(raised.value))
     assert clf.n_iter_ == 2
     assert clf.loss_curve_ == expected.loss_curve_
     assert clf.validation_scores_ == expected.validation_scores_

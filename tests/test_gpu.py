@@ -28,6 +28,7 @@ from skqlora import clear_backbone_cache, estimate_memory
 from skqlora.model.prediction import predict_logits
 from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import TextSettings
+from skqlora.settings.parameters import read_parameters
 from skqlora.training.optimizer import PagedPool
 from skqlora.training.trainer import Trainer
 
@@ -102,7 +103,7 @@ def test_cuda_learns_in_bfloat16(model, corpus, optim):
     )
     clf.fit(texts, labels)
     assert clf.loss_curve_[-1] < 0.7 * clf.loss_curve_[0]
-    assert BackboneSpec.of(clf._parameters()).compute_dtype == torch.bfloat16
+    assert BackboneSpec.of(read_parameters(clf)).compute_dtype == torch.bfloat16
 
 
 def test_float16_learns_with_a_scaled_loss(model, corpus):

@@ -11,7 +11,8 @@ def state():
     return loggers, list(warnings.filters), dict(os.environ)
 before = state()
 import skqlora
-skqlora.QLoRAClassifier(lora_r=8).get_params()
+clf = skqlora.QLoRAClassifier(lora_r=8)
+clf.get_params(), clf._repr_html_(), repr(clf), dir(clf)
 assert state() == before
 heavy = {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)
 assert not heavy, heavy

@@ -146,6 +146,10 @@ pickled = joblib.load({str(tmp_path / "c.joblib")!r})
 assert "torch" not in sys.modules
 import skqlora
 saved = skqlora.QLoRAClassifier.load({str(tmp_path / "c")!r})
+try:
+    saved.predict("a single text")
+except TypeError as error:
+    assert "single str" in str(error)
 assert "torch" not in sys.modules
 np.save({str(tmp_path / "p.npy")!r}, [saved.predict_proba(texts), pickled.predict_proba(texts)])
 """

@@ -1,8 +1,11 @@
 """The parameters as typed values, and what a fit chose where one of them is "auto"."""
 
+import copy
+import enum
 import inspect
+import json
 import pickle
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 from helpers import make_classifier, make_settings
 
 from skqlora import QLoRAClassifier
-from skqlora.settings.parameters import Parameters
-from skqlora.settings.settings import SETTLED, Settings
+from skqlora.persistence.saved_format import FILES, checksum
+from skqlora.settings.parameters import Parameters, read_parameters
+from skqlora.settings.settings import SETTLED
 
 # What the estimator uses up itself: what a fit begins with, is scored by and ends with.
 OF_THE_ESTIMATOR = {
@@ -47,22 +51,41 @@ def test_every_parameter_that_may_be_auto_is_settled():
 
 
 def test_parameters_are_plain_values():
-    params = QLoRAClassifier(
+    class Rank(enum.IntEnum):
+        LOW = 3
+
+    class Pooling(str, enum.Enum):  # noqa: UP042 (its str is its name)
+        LAST = "last"
+
+    clf = QLoRAClassifier(
         Path("some/folder"),
-        lora_r=np.int64(3),
+        lora_r=Rank.LOW,
         lora_alpha=np.float32(2),
         double_quant=np.True_,
         target_modules=["a", "b"],
         layers=[np.int64(1)],
-    ).get_params()
-    parameters = Parameters.of(params)
-    assert hash(parameters) == hash(Parameters.of(params))
-    assert parameters.model == "some/folder"
-    assert (parameters.lora_r, type(parameters.lora_r)) == (3, int)
-    assert parameters.double_quant is True
-    assert parameters.target_modules == ("a", "b")
-    assert parameters.layers == (1,)
-    assert (parameters.lora.lora_alpha, type(parameters.lora.lora_alpha)) == (2, int)
+        pooling=Pooling.LAST,
+        stride=False,
+        max_length=np.int64(8),
+        learning_rate=1,
+    )
+    parameters = read_parameters(clf)
+    assert hash(parameters) == hash(read_parameters(clf))
+    assert json.loads(json.dumps(asdict(parameters)))["layers"] == [1]
+    expected = {
+        "model": "some/folder",
+        "lora_r": 3,
+        "lora_alpha": 2.0,
+        "double_quant": True,
+        "target_modules": ("a", "b"),
+        "layers": (1,),
+        "pooling": "last",
+        "stride": 0,
+        "max_length": 8,
+        "learning_rate": 1.0,
+    }
+    for name, value in expected.items():
+        assert (getattr(parameters, name), type(getattr(parameters, name))) == (value, type(value))
 
 
 def test_a_fit_tells_what_it_chose(fitted):
@@ -120,6 +143,8 @@ def test_settings_of_a_piece_of_the_data(encoder, corpus, tmp_path):
     )
     assert clf.settings_.incremental
     assert clf.settings_.num_train_epochs == 1
+    assert clf.settings_.lr_scheduler_type == "constant_with_warmup"
+    assert "one epoch at each partial_fit" in str(clf.settings_)
     clf.save(tmp_path / "saved")
     assert QLoRAClassifier.load(tmp_path / "saved").settings_ == clf.settings_
 
@@ -135,4 +160,63 @@ def test_settings_are_parameters():
     settings = make_settings(batch_size=4, gradient_accumulation_steps=3)
     assert isinstance(settings, Parameters)
     assert settings.batch_rows == 12
-    assert Settings.from_settled(settings, settings.settled()) == settings
+
+
+def test_a_subclass_with_few_parameters_is_fitted_saved_and_loaded(encoder, corpus, tmp_path):
+    class Small(QLoRAClassifier):
+        def __init__(self, model, lora_r=4, num_train_epochs=1):
+            super().__init__(model, lora_r=lora_r, num_train_epochs=num_train_epochs, device="cpu")
+
+    clf = Small(encoder).fit(*corpus)
+    clf.save(tmp_path / "saved")
+    loaded = Small.load(tmp_path / "saved")
+    assert loaded.settings_ == clf.settings_
+    np.testing.assert_array_equal(loaded.predict(corpus[0]), clf.predict(corpus[0]))
+
+
+def test_settings_stay_those_of_the_fit_whatever_is_set_later(fitted, tmp_path, decoder):
+    moved = copy.copy(fitted).set_params(lora_r=64, batch_size=3)
+    moved.save(tmp_path / "saved")
+    settings = QLoRAClassifier.load(tmp_path / "saved").settings_
+    assert (settings.lora_r, settings.batch_size) == (2, 16)
+    assert settings == fitted.settings_
+
+
+def change_settings(folder, change):
+    """Write other settings into a saved folder, with a right checksum."""
+    manifest = json.loads((folder / FILES.manifest).read_text())
+    del manifest["checksum"]
+    manifest["settings"] = change(manifest["settings"])
+    text = json.dumps(manifest | {"checksum": checksum(manifest)})
+    (folder / FILES.manifest).write_text(text)
+
+
+@pytest.mark.parametrize("change", [lambda saved: None, lambda saved: {"lora_r": saved["lora_r"]}])
+def test_settings_of_another_version_are_left_out(fitted, corpus, tmp_path, change):
+    fitted.save(tmp_path / "saved")
+    change_settings(tmp_path / "saved", change)
+    loaded = QLoRAClassifier.load(tmp_path / "saved")
+    assert loaded.settings_ is None
+    assert loaded.predict(corpus[0]).shape == (48,)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"max_length": -5},
+        {"num_train_epochs": "auto"},
+        {"pooling": "<script>"},
+        {"learning_rate": float("nan")},
+        {"head_learning_rate": float("inf")},
+        {"chosen": [{"a": 1}, 3]},
+        {"chosen": ["lora_r"]},
+        {"target_modules": [["a"]]},
+        {"device": 3},
+    ],
+    ids=str,
+)
+def test_settings_that_no_fit_has_are_refused(fitted, tmp_path, damage):
+    fitted.save(tmp_path / "saved")
+    change_settings(tmp_path / "saved", lambda saved: saved | damage)
+    with pytest.raises(ValueError, match=r"skqlora\.json.*is not what it should be"):
+        QLoRAClassifier.load(tmp_path / "saved")

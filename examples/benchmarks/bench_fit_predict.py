@@ -163,6 +163,7 @@ def run_peer(model, work, table, seed):
 
     from skqlora import QLoRAClassifier
     from skqlora.model.spec import BackboneSpec
+    from skqlora.settings.parameters import read_parameters
     from skqlora.settings.recipe import auto_learning_rate
 
     transformers.logging.set_verbosity_error()
@@ -170,7 +171,7 @@ def run_peer(model, work, table, seed):
     config = AutoConfig.from_pretrained(model)
     ours = QLoRAClassifier(model)
     rate = auto_learning_rate(config.model_type, config.hidden_size)
-    dtype = BackboneSpec.of(ours._parameters()).compute_dtype
+    dtype = BackboneSpec.of(read_parameters(ours)).compute_dtype
     classes = sorted(set(labels))
     tokenizer = AutoTokenizer.from_pretrained(model)
 

@@ -176,7 +176,7 @@ def run_ours(size, options, device):
     from skqlora.model.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
     from skqlora.settings.adapter_settings import LoraSettings
-    from skqlora.settings.parameters import Parameters
+    from skqlora.settings.parameters import read_parameters
     from skqlora.settings.settings import resolve_settings
     from skqlora.text.batches import TokenizedTexts
     from skqlora.training.trainer import Trainer
@@ -199,7 +199,7 @@ def run_ours(size, options, device):
         head_learning_rate=1e-3,
     )
     settings = resolve_settings(
-        Parameters.of(clf.get_params()),
+        read_parameters(clf),
         device=str(device),
         compute_dtype="bfloat16",
         max_length=options.tokens,

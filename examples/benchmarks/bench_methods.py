@@ -138,6 +138,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         from skqlora import QLoRAClassifier
         from skqlora.model.spec import BackboneSpec
+        from skqlora.settings.parameters import read_parameters
         from skqlora.settings.recipe import (
             HEAD_RATE_FACTOR,
             auto_epochs,
@@ -148,7 +149,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
 
         torch.manual_seed(self.seed)
         ours = QLoRAClassifier(self.model)
-        self.dtype_ = BackboneSpec.of(ours._parameters()).compute_dtype
+        self.dtype_ = BackboneSpec.of(read_parameters(ours)).compute_dtype
         self.multilabel_ = y.ndim == 2
         self.classes_, targets = encode(y)
         self._load(len(self.classes_))

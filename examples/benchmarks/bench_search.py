@@ -202,8 +202,9 @@ def clear_replicas(clf):
 def backbone_of(clf):
     from skqlora.model.cache import get_backbone
     from skqlora.model.spec import BackboneSpec
+    from skqlora.settings.parameters import read_parameters
 
-    return get_backbone(BackboneSpec.of(clf._parameters()))
+    return get_backbone(BackboneSpec.of(read_parameters(clf)))
 
 
 # Prediction
@@ -213,10 +214,11 @@ def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
     from skqlora.model.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.settings.parameters import read_parameters
     from skqlora.text.tokenization import load_tokenizer
 
     fitted = clone(clf).set_params(num_train_epochs=1).fit(texts[:64], labels[:64])
-    backbone, spec = backbone_of(clf), BackboneSpec.of(clf._parameters())
+    backbone, spec = backbone_of(clf), BackboneSpec.of(read_parameters(clf))
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text_settings, backbone.vocab_size)
     input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))

@@ -1,14 +1,16 @@
-"""A list of all caches that this process keeps for later calls, so that one call empties them."""
+"""The registry of the caches of this process that a user can ask to be emptied."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _clears: list[Callable[[], None]] = []
 
 
 def register_cache(clear: Callable[[], None]) -> None:
-    """Register a function that empties a cache, to be called by `clear_caches`."""
+    """Let `clear_caches` call a function that empties a cache."""
     _clears.append(clear)
 
 
@@ -18,10 +20,12 @@ def clear_caches() -> None:
         clear()
 
 
-def registered_lru_cache(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
-    """Make a decorator like `functools.lru_cache` whose cache `clear_caches` empties too."""
+def registered_lru_cache(
+    maxsize: int,
+) -> "Callable[[Callable[..., T]], functools._lru_cache_wrapper[T]]":
+    """Make a decorator like `functools.lru_cache`, whose cache `clear_caches` empties too."""
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., T]) -> "functools._lru_cache_wrapper[T]":
         cached = functools.lru_cache(maxsize=maxsize)(function)
         register_cache(cached.cache_clear)
         return cached

@@ -10,7 +10,6 @@ from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_max_length
-from skqlora.text.batches import largest_pass
 from skqlora.text.tokenization import load_tokenizer
 
 # The share of the free memory above which "auto" checkpoints a fit.
@@ -18,6 +17,9 @@ AUTO_SHARE = 0.9
 # The share of the free memory above which a fit is refused. It is above 1 because an estimate may
 # exceed what a fit takes by a quarter.
 REFUSED_SHARE = 1.25
+
+# the most effective batches that are sorted by length together
+CPU_TRAINING_TOKENS = 2048  # the most tokens in a padded pass on a CPU: the fastest on two cores
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,27 @@ class PlannedFit:
             checkpointing=checkpointing,
             batch_rows=parameters.batch_rows,
         )
+
+
+def largest_pass(batch_size: int, longest: int, *, on_cpu: bool) -> int:
+    """Compute how many texts of the greatest length share a forward pass of a training.
+
+    Parameters
+    ----------
+    batch_size : int
+        The greatest number of texts that may share a pass.
+    longest : int
+        The number of tokens of each text.
+    on_cpu : bool
+        Whether the training is on a CPU, where fewer long texts share a pass, which is faster.
+
+    Returns
+    -------
+    n_texts : int
+    """
+    if on_cpu:
+        return min(batch_size, max(1, CPU_TRAINING_TOKENS // longest))
+    return batch_size
 
 
 def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:

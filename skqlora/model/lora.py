@@ -41,7 +41,15 @@ def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSetti
     ValueError
         If `target_modules` or `layers` do not fit the model.
     """
-    lora = parameters.lora
+    alpha = parameters.lora_alpha
+    lora = LoraSettings(
+        r=parameters.lora_r,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
+        target_modules=parameters.target_modules,
+        use_rslora=parameters.use_rslora,
+        use_dora=parameters.use_dora,
+        init_lora_weights=parameters.init_lora_weights,
+    )
     with muted(progress_bars=bool(parameters.verbose)):
         targets = targeted_modules(lora.target_modules, skeleton)
     if isinstance(parameters.layers, str):  # "all"

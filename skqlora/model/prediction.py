@@ -16,11 +16,11 @@ from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The most tokens of a padded batch, which fill two CPU cores and take little memory on a GPU.
 PREDICTION_TOKENS = 4096
-# The number of texts whose token ids are held at a time.
-PREDICTION_CHUNK = 16_384
 
 
-def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[str]) -> np.ndarray:
+def compute_logits(
+    parameters: Parameters, adapter: AdapterState, texts: list[str], *, chunk_size: int
+) -> np.ndarray:
     """Compute the logits of texts with an adapter, on the base that the process keeps.
 
     A text that occurs several times is computed once. Token ids are made chunk by chunk, so that
@@ -31,6 +31,8 @@ def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[st
     parameters : Parameters
     adapter : AdapterState
     texts : list of str, of length n_texts
+    chunk_size : int
+        The number of texts whose token ids are held at a time.
 
     Returns
     -------
@@ -51,8 +53,8 @@ def compute_logits(parameters: Parameters, adapter: AdapterState, texts: list[st
     different = list(places)
     logits = []
     with TextClassifierModel.for_prediction(backbone, adapter) as model:
-        for start in range(0, len(different), PREDICTION_CHUNK):
-            chunk = different[start : start + PREDICTION_CHUNK]
+        for start in range(0, len(different), chunk_size):
+            chunk = different[start : start + chunk_size]
             tokens, counts = tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size)
             # The logits of a text are the mean over its windows, which lie one after the other.
             sums = np.add.reduceat(predict_logits(model, tokens), np.cumsum(counts) - counts)

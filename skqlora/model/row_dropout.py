@@ -59,7 +59,7 @@ class RowDropout(nn.Module):
         if not self.training:
             return x
         part = self.part
-        assert part is not None  # a training pass says which rows it holds
+        assert part is not None, "a forward pass in training must say which rows it holds"
         if self._update != part.update:
             self._keep, self._update = self._draw(part, x), part.update
         keep = self._keep[part.rows.to(x.device)]  # a base may be on several devices

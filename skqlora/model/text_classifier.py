@@ -159,7 +159,7 @@ class TextClassifierModel(nn.Module):
             If the base cannot be pooled this way, if PEFT finds none of the target modules, or if
             `start` is of another base or another shape.
         """
-        pooling = resolve_pooling(pooling, backbone)
+        pooling = _resolve_pooling(pooling, backbone)
         keep_pooler = pooling == "pooler"
         with (
             torch.inference_mode(False),  # even if the caller is in inference mode
@@ -229,7 +229,7 @@ class TextClassifierModel(nn.Module):
         """Copy the adapter and the head out of the model, to NumPy and without the base.
 
         The replica still holds the adapter, for a prediction that follows. The model itself does
-        not use `text` and `tokenizer_fingerprint`; they are only noted in the state.
+        not use `text_settings` and `tokenizer_fingerprint`; they are only noted in the state.
         """
         state = AdapterState(
             lora=self.lora,
@@ -258,6 +258,7 @@ class TextClassifierModel(nn.Module):
                 layer.lora_dropout[ADAPTER] = dropout
                 self._dropouts.append(dropout)
         yield
+        self._dropouts.clear()
         for layer in layers:
             layer.lora_dropout[ADAPTER] = nn.Identity()
 
@@ -307,7 +308,7 @@ def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     )
 
 
-def resolve_pooling(pooling: str, backbone: Backbone) -> str:
+def _resolve_pooling(pooling: str, backbone: Backbone) -> str:
     """Choose how hidden states become one vector a text; raise ValueError where they cannot."""
     if pooling == "auto":
         return "last" if backbone.causal else "mean"

@@ -1,10 +1,9 @@
 """The model card, a page that says to people and to the Hub what a saved classifier is."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from skqlora.adapter import Fitted
+from skqlora.settings.parameters import Parameters
 
 MAX_CLASSES = 50  # the greatest number of classes that the page names
 TEMPLATE = """\
@@ -31,13 +30,12 @@ The base is not part of this repository: it is loaded at the first prediction.
 """
 
 
-def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
+def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
     """Write a model card in the form of the Hugging Face Hub.
 
     Parameters
     ----------
-    parameters : mapping of str to object
-        The estimator's parameters.
+    parameters : Parameters
     fitted : Fitted
     path : str
         The folder or the repository that the card says to load the classifier from.
@@ -49,7 +47,7 @@ def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
     """
     from huggingface_hub import ModelCardData  # its import changes logging
 
-    model = os.fspath(parameters["model"])
+    model = parameters.model
     header = ModelCardData(
         base_model=None if os.path.isdir(model) else model,
         library_name="skqlora",
@@ -59,7 +57,7 @@ def model_card(parameters: Mapping[str, Any], fitted: Fitted, path: str) -> str:
     prompt = fitted.adapter.text_settings.prompt
     score, losses = fitted.best_validation_score, fitted.loss_curve
     rows = {
-        "base": f"{model}, {parameters['quantization'] or 'not quantized'}",
+        "base": f"{model}, {parameters.quantization or 'not quantized'}",
         "adapter": f"LoRA of rank {fitted.adapter.lora.r}",
         "trained parameters": f"{fitted.footprint.trainable_parameters:,}",
         "training texts": f"{fitted.n_samples_seen:,}" if losses else None,

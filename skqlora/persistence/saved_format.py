@@ -12,17 +12,20 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from sklearn.utils._param_validation import validate_parameter_constraints
 
 from skqlora.adapter import AdapterState, Fitted, Footprint, OptimizerState
 from skqlora.persistence.peft_format import PREFIX, from_peft_name
 from skqlora.settings.adapter_settings import TEXT_FIELD, TRUNCATIONS, LoraSettings, TextSettings
+from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
+from skqlora.settings.settings import SETTLED, Settings
 
 FORMAT_VERSION = 1
 
@@ -96,7 +99,7 @@ def write_classifier(
         "best_validation_score": fitted.best_validation_score,
         "random_seed": fitted.random_seed,
         "footprint": asdict(fitted.footprint),
-        "settings": None if settings is None else settings.settled(),
+        "settings": None if settings is None else asdict(settings),
         "adapter": {
             "lora": asdict(adapter.lora),
             "pooling": adapter.pooling,
@@ -117,15 +120,7 @@ def write_classifier(
     (folder / FILES.manifest).write_text(text + "\n", encoding="utf-8")
 
 
-class SavedClassifier(NamedTuple):
-    """What a folder holds: the parameters by name, the fit and the result of `Settings.settled`."""
-
-    parameters: dict[str, Any]
-    fitted: Fitted
-    settled: dict[str, Any] | None
-
-
-def read_classifier(folder: Path) -> SavedClassifier:
+def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
     """Read what `write_classifier` wrote.
 
     Parameters
@@ -134,9 +129,9 @@ def read_classifier(folder: Path) -> SavedClassifier:
 
     Returns
     -------
-    saved : SavedClassifier
-        The classifier. Its `fitted` has no `settings` yet: they are put together from the
-        parameters and `settled`, which folders of older versions lack.
+    params : dict
+        The estimator's parameters, by name.
+    fitted : Fitted
 
     Raises
     ------
@@ -161,7 +156,7 @@ def read_classifier(folder: Path) -> SavedClassifier:
             )
         if manifest.pop("checksum", None) != checksum(manifest):
             raise ValueError("its checksum is not that of its content")
-        parameters = {
+        params = {
             name: _from_json(value) for name, value in typed(manifest, "parameters", dict).items()
         }
         fitted_with = partial(
@@ -174,10 +169,9 @@ def read_classifier(folder: Path) -> SavedClassifier:
             validation_scores=scores_from_json(manifest["validation_scores"]),
             best_validation_score=typed(manifest, "best_validation_score", (float, type(None))),
             footprint=Footprint(**typed(manifest, "footprint", dict)),
-            settings=None,
+            settings=_settings_from_json(manifest.get("settings")),
             random_seed=typed(manifest, "random_seed", int),
         )
-        settled = _settled_from_json(manifest.get("settings"))
         of_adapter = typed(manifest, "adapter", dict)
         lora = _lora_from_json(typed(of_adapter, "lora", dict))
         adapter_with = partial(
@@ -208,7 +202,7 @@ def read_classifier(folder: Path) -> SavedClassifier:
             optimizer = optimizer_from_json(manifest["optimizer"], tensors[FILES.optimizer])
     adapter = adapter_with(lora_tensors=lora_tensors, head_tensors=head_tensors)
     fitted = fitted_with(adapter=adapter, optimizer_state=optimizer)
-    return SavedClassifier(parameters, fitted, settled)
+    return params, fitted
 
 
 def checksum(manifest: dict[str, Any]) -> str:
@@ -339,18 +333,26 @@ def scores_from_json(scores: list[float | None] | None) -> list[float] | None:
     return None if scores is None else [math.nan if s is None else float(s) for s in scores]
 
 
-def _settled_from_json(settled: Any) -> dict[str, Any] | None:
-    """Check what `Settings.settled` returned; return None if there is nothing."""
-    if settled is None:
+def _settings_from_json(saved: Any) -> Settings | None:
+    """Read the settings of a fit; None if they are not those of this version, or not there."""
+    names = {field.name for field in fields(Settings)}
+    if not isinstance(saved, dict) or not names <= saved.keys():
         return None
-    types = {
-        **dict.fromkeys(("device", "compute_dtype", "pooling"), str),
-        **dict.fromkeys(("max_length", "num_train_epochs"), int),
-        **dict.fromkeys(("learning_rate", "head_learning_rate"), float),
-        **dict.fromkeys(("gradient_checkpointing", "incremental"), bool),
-        "chosen": list,
+    values: dict[str, Any] = {
+        name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name] for name in names
     }
-    return {name: typed(settled, name, kind) for name, kind in types.items()}
+    constraints = {
+        name: allowed for name, allowed in PARAMETER_CONSTRAINTS.items() if name in names
+    }
+    asked = {name: value for name, value in values.items() if name in constraints}
+    validate_parameter_constraints(constraints, asked, "Settings")
+    settings = Settings(**values)
+    hash(settings)  # raises where a list is within a list
+    numbers = [value for value in values.values() if isinstance(value, float)]
+    still_open = [name for name in SETTLED if values[name] == "auto"]
+    if still_open or not all(map(math.isfinite, numbers)) or set(settings.chosen) - set(SETTLED):
+        raise ValueError("its settings are not those of a fit")
+    return settings
 
 
 def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:

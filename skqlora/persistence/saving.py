@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from skqlora.persistence.model_card import model_card
 from skqlora.persistence.peft_format import write_adapter
 from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
 from skqlora.settings.parameters import Parameters
-from skqlora.settings.settings import Settings
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # an id of the Hub
 
 
 def save(
     path: str | os.PathLike,
-    parameters: dict[str, Any],
+    params: dict[str, Any],
+    parameters: Parameters,
     fitted: Fitted,
     name: str,
     *,
@@ -34,17 +35,23 @@ def save(
     Parameters
     ----------
     path : str or path
-    parameters : dict
-        The estimator's parameters, by name.
+    params : dict
+        The estimator's parameters, by name, as the user gave them.
+    parameters : Parameters
     fitted : Fitted
     name : str
         The folder or the repository that the model card says to load from.
     overwrite : bool, default=False
     """
     import_libraries()  # PEFT writes its own configuration
-    adapter, model = fitted.adapter, os.fspath(parameters["model"])
-    revision = adapter.revision if adapter.model == model else parameters["revision"]
-    moved = replace(fitted, adapter=replace(adapter, model=model, revision=revision))
+    # The base may have moved since the fit, or gone to the Hub.
+    adapter, model = fitted.adapter, parameters.model
+    revision = adapter.revision if adapter.model == model else parameters.revision
+    settings = fitted.settings
+    if settings is not None:
+        settings = replace(settings, model=model, revision=revision)
+    adapter = replace(adapter, model=model, revision=revision)
+    fitted = replace(fitted, adapter=adapter, settings=settings)
     with written_folder(path, ALL_FILES if overwrite else None) as folder:
         write_adapter(
             folder,
@@ -52,14 +59,14 @@ def save(
             adapter.lora_tensors,
             model=model,
             revision=revision,
-            lora_dropout=parameters["lora_dropout"],
+            lora_dropout=parameters.lora_dropout,
         )
         _write_card(folder, parameters, fitted, name)
-        write_classifier(folder, parameters, moved, __version__)
+        write_classifier(folder, params, fitted, __version__)
 
 
 def load(
-    path: str | os.PathLike, revision: str | None, defaults: dict[str, Any]
+    path: str | os.PathLike, revision: str | None, *, known: Collection[str]
 ) -> tuple[dict[str, Any], Fitted]:
     """Read an estimator that `save` wrote; see `QLoRAClassifier.load`.
 
@@ -67,40 +74,40 @@ def load(
     ----------
     path : str or path
     revision : str or None
-    defaults : dict
-        The parameters of an estimator of that class, by name, with their defaults.
+    known : collection of str
+        The names of the estimator's parameters.
 
     Returns
     -------
-    parameters : dict
+    params : dict
         The estimator's parameters, by name, not validated.
     fitted : Fitted
     """
     folder = _folder_of(path, revision)
-    saved = read_classifier(folder)
-    unknown = saved.parameters.keys() - defaults.keys()
+    params, fitted = read_classifier(folder)
+    unknown = params.keys() - set(known)
     if unknown:
         raise ValueError(
             f"{str(folder)!r} holds the parameter {min(unknown)!r}, which this version of "
             "skqlora does not have. Wanted: the version that wrote it, or a newer one."
         )
-    parameters = defaults | saved.parameters
-    if saved.settled is None:
-        return parameters, saved.fitted
-    settings = Settings.from_settled(Parameters.of(parameters), saved.settled)
-    return parameters, replace(saved.fitted, settings=settings)
+    return params, fitted
 
 
 def push_to_hub(
-    repo_id: str, parameters: dict[str, Any], fitted: Fitted, *, private: bool | None
+    repo_id: str,
+    params: dict[str, Any],
+    parameters: Parameters,
+    fitted: Fitted,
+    *,
+    private: bool | None,
 ) -> str:
     """Write a fitted estimator to the Hugging Face Hub; see `QLoRAClassifier.push_to_hub`."""
     from huggingface_hub import HfApi
 
-    model = os.fspath(parameters["model"])
-    if os.path.isdir(model):
+    if os.path.isdir(parameters.model):
         warnings.warn(
-            f"Got model={model!r}, a folder of this machine, and that path is "
+            f"Got model={parameters.model!r}, a folder of this machine, and that path is "
             "published. If the base is on the Hub, call clf.set_params(model='its name there') "
             "before; otherwise those who load the classifier set it to a folder of theirs.",
             stacklevel=3,
@@ -108,7 +115,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "classifier"
         # What cannot be written shows here, before there is a repository.
-        save(folder, parameters, fitted, repo_id)
+        save(folder, params, parameters, fitted, repo_id)
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
         # Now the card gets the name of the organisation too.
         _write_card(folder, parameters, fitted, repo_id)
@@ -121,7 +128,7 @@ def push_to_hub(
     return commit.commit_url
 
 
-def _write_card(folder: Path, parameters: dict[str, Any], fitted: Fitted, name: str) -> None:
+def _write_card(folder: Path, parameters: Parameters, fitted: Fitted, name: str) -> None:
     card = model_card(parameters, fitted, name)
     (folder / FILES.model_card).write_text(card, "utf-8", errors="replace")
 

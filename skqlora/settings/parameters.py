@@ -1,13 +1,11 @@
-"""The estimator's parameters as typed values. Only this module reads them from the estimator."""
+"""The parameters that decide what a fit computes, as typed values."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
-
-from skqlora.settings.adapter_settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -54,36 +52,45 @@ class Parameters:
     optim: str
     verbose: int
 
-    @classmethod
-    def of(cls, params: Mapping[str, Any]) -> Self:
-        """Make the parameters from the result of `get_params` of a validated estimator."""
-        return cls(**{field.name: _plain(params[field.name]) for field in fields(cls)})
-
     @property
     def batch_rows(self) -> int:
         """The number of texts in one update."""
         return self.batch_size * self.gradient_accumulation_steps
 
-    @property
-    def lora(self) -> LoraSettings:
-        """The settings of the adapter, with the target modules as the user names them."""
-        alpha = float(self.lora_alpha)
-        return LoraSettings(
-            r=self.lora_r,
-            lora_alpha=int(alpha) if alpha.is_integer() else alpha,
-            target_modules=self.target_modules,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            init_lora_weights=self.init_lora_weights,
-        )
+
+def read_parameters(estimator: object) -> Parameters:
+    """Read the parameters of an estimator, which were validated, from its attributes.
+
+    They become Python's own types: numbers of NumPy, enumerations, paths and lists cannot all be
+    hashed, compared and written as JSON.
+
+    Parameters
+    ----------
+    estimator : QLoRAClassifier
+
+    Returns
+    -------
+    parameters : Parameters
+    """
+    hints = get_type_hints(Parameters)
+    values = {name: _plain(getattr(estimator, name), hint) for name, hint in hints.items()}
+    return Parameters(**values)
 
 
-def _plain(value: Any) -> Any:
-    """Replace NumPy types, paths and lists by plain values that are hashable and survive JSON."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, list | tuple):
-        return tuple(_plain(entry) for entry in value)
-    return value
+def _plain(value: Any, hint: Any) -> Any:
+    """Turn a value into the one of the hinted types that it stands for."""
+    kinds = get_args(hint) or (hint,)
+    plain = value  # such as None
+    if isinstance(value, str):
+        plain = str.__str__(value)  # the value of an enumeration's member, not its name
+    elif isinstance(value, os.PathLike):
+        plain = os.fspath(value)
+    elif isinstance(value, list | tuple):
+        plain = tuple(_plain(entry, str | int) for entry in value)
+    elif bool in kinds and isinstance(value, bool | np.bool_):
+        plain = bool(value)
+    elif int in kinds and isinstance(value, Integral | np.bool_):
+        plain = int(value)
+    elif float in kinds and value is not None:
+        plain = float(value)
+    return plain

@@ -1,9 +1,7 @@
-"""The settings of one fit: its parameters, with a choice in the place of every "auto"."""
+"""The settings of one fit: its parameters, with a choice where the user left it open."""
 
 import html
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
 
 from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
 from skqlora.settings.parameters import Parameters
@@ -29,7 +27,7 @@ SETTLED = (
 
 @dataclass(frozen=True, repr=False)
 class Settings(Parameters):
-    """The parameters of a fit, with what was chosen in the place of every "auto".
+    """The parameters of a fit, with what was chosen where the user left the choice open.
 
     Its attributes have the names and the meaning of the estimator's parameters. Printing it shows a
     table of the ones that may be "auto".
@@ -70,17 +68,6 @@ class Settings(Parameters):
         """The settings for turning a text into token ids."""
         return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
 
-    def settled(self) -> dict[str, Any]:
-        """Return what the fit settled, by name, since the parameters alone do not determine it."""
-        names = (*SETTLED, "incremental", "chosen")
-        return {name: value for name, value in asdict(self).items() if name in names}
-
-    @classmethod
-    def from_settled(cls, parameters: Parameters, settled: Mapping[str, Any]) -> Self:
-        """Rebuild the settings from the parameters and from what `settled` returned."""
-        settled = {**settled, "chosen": tuple(settled["chosen"])}
-        return cls(**asdict(parameters) | settled)
-
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTLED)
         return f"Settings({values})"
@@ -105,7 +92,10 @@ class Settings(Parameters):
         for name in SETTLED:
             value = getattr(self, name)
             shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-            rows.append((name, shown, 'chosen by "auto"' if name in self.chosen else "as asked"))
+            by = 'chosen by "auto"' if name in self.chosen else "as asked"
+            if self.incremental and name == "num_train_epochs":
+                by = "one epoch at each partial_fit"
+            rows.append((name, shown, by))
         return rows
 
 
@@ -122,7 +112,7 @@ def resolve_settings(
     hidden_size: int,
     incremental: bool = False,
 ) -> Settings:
-    """Replace every "auto" of the parameters by the choice of `recipe` or of the caller.
+    """Put the choice of `recipe` or of the caller where the user left it open by "auto".
 
     Parameters
     ----------
@@ -152,6 +142,9 @@ def resolve_settings(
     if isinstance(head_rate, str):
         head_rate = HEAD_RATE_FACTOR * rate
     chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
+    schedule, head = parameters.lr_scheduler_type, parameters.init_head_weights
+    if incremental:  # nobody knows how much is to come, and all texts are not at hand
+        schedule, head = "constant_with_warmup", "normal" if head == "probe" else head
     settled = {
         "device": device,
         "compute_dtype": compute_dtype,
@@ -161,6 +154,8 @@ def resolve_settings(
         "learning_rate": float(rate),
         "head_learning_rate": float(head_rate),
         "gradient_checkpointing": gradient_checkpointing,
+        "lr_scheduler_type": schedule,
+        "init_head_weights": head,
         "incremental": incremental,
         "chosen": chosen,
     }

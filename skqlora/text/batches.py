@@ -10,8 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 MEGABATCHES_MIN = 4  # an epoch has at least this many megabatches, to keep the batches random
-MEGABATCH_SIZE_MAX = 50  # the most effective batches that are sorted by length together
-CPU_TRAINING_TOKENS = 2048  # the most tokens in a padded pass on a CPU: the fastest on two cores
+MEGABATCH_SIZE_MAX = 50
 
 
 class TokenizedTexts:
@@ -96,27 +95,6 @@ def training_batches(
         megabatch = megabatch[np.argsort(-lengths[megabatch], kind="stable")]
         batches += [megabatch[i : i + batch_rows] for i in range(0, len(megabatch), batch_rows)]
     return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def largest_pass(batch_size: int, longest: int, *, on_cpu: bool) -> int:
-    """Compute how many texts of the greatest length share a forward pass of a training.
-
-    Parameters
-    ----------
-    batch_size : int
-        The greatest number of texts that may share a pass.
-    longest : int
-        The number of tokens of each text.
-    on_cpu : bool
-        Whether the training is on a CPU, where fewer long texts share a pass, which is faster.
-
-    Returns
-    -------
-    n_texts : int
-    """
-    if on_cpu:
-        return min(batch_size, max(1, CPU_TRAINING_TOKENS // longest))
-    return batch_size
 
 
 def cut_by_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[slice]:

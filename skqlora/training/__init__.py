@@ -1,5 +1,4 @@
-"""The fit of an adapter to texts under given settings: its epochs, its updates, its checkpoints.
+"""The fit of an adapter to labelled texts: its epochs, its updates, its checkpoints.
 
-These modules know nothing of what the user calls a class, except where a head starts from the names
-of the classes.
+These modules know nothing of how an estimator is called or saved.
 """

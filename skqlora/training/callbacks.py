@@ -77,10 +77,14 @@ class FitTasks:
     def _end(self, task: Any, fitted: FitEstimator) -> bool:
         if task is None:
             return False
-        unfitted = CALLBACK_ATTRIBUTES.union(fitted.get_params(deep=False))
-        attributes = {name: value for name, value in vars(fitted).items() if name not in unfitted}
+        attributes = {name: value for name, value in vars(fitted).items() if _is_of_a_fit(name)}
         return task.call_on_fit_task_end(
             estimator=self._estimator,
             reconstruction_attributes=attributes,
             **self._told,
         )
+
+
+def _is_of_a_fit(attribute: str) -> bool:
+    """Tell whether an attribute is a fitted one, as scikit-learn's `check_is_fitted` does."""
+    return attribute.endswith("_") and not attribute.startswith("__")

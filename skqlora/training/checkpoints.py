@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -35,6 +34,7 @@ from skqlora.persistence.saved_format import (
     scores_to_json,
     typed,
 )
+from skqlora.training.estimator import FitEstimator
 
 MANIFEST, TENSORS = "checkpoint.json", "checkpoint.safetensors"
 PACKAGES = ("torch", "bitsandbytes", "numpy")  # another version may compute other values
@@ -79,7 +79,7 @@ def with_tensors(adapter: AdapterState, tensors: dict[str, np.ndarray]) -> Adapt
     )
 
 
-def check_checkpoint_parameters(params: Mapping[str, Any]) -> None:
+def check_checkpoint_parameters(estimator: FitEstimator) -> None:
     """Refuse parameters that rule checkpoints out, before a model is loaded.
 
     Raises
@@ -90,19 +90,19 @@ def check_checkpoint_parameters(params: Mapping[str, Any]) -> None:
     OSError
         If the folder cannot be created.
     """
-    if params["checkpoint_dir"] is None:
+    if estimator.checkpoint_dir is None:
         return
-    if not isinstance(params["random_state"], Integral):
+    if not isinstance(estimator.random_state, Integral):
         raise ValueError(
-            f"Got checkpoint_dir with random_state={params['random_state']!r}. Wanted: an int, so "
+            f"Got checkpoint_dir with random_state={estimator.random_state!r}. Wanted: an int, so "
             "that the same call of fit is recognized and continues to the same result."
         )
-    if callable(params["scoring"]):
+    if callable(estimator.scoring):
         raise ValueError(
-            f"Got checkpoint_dir with scoring={params['scoring']!r}. Wanted: the name of a scorer, "
+            f"Got checkpoint_dir with scoring={estimator.scoring!r}. Wanted: the name of a scorer, "
             "since it is unknown whether a function will be the same at the next call."
         )
-    os.makedirs(params["checkpoint_dir"], exist_ok=True)
+    os.makedirs(estimator.checkpoint_dir, exist_ok=True)
 
 
 class Checkpoints:
@@ -112,8 +112,10 @@ class Checkpoints:
 
     Parameters
     ----------
-    params : mapping of str to object
-        The estimator's parameters.
+    directory : str or path
+        The folder for the folders of all fits.
+    estimator : QLoRAClassifier
+        The estimator, whose parameters are part of what the folder is named after.
     identity : object
         Everything else that decides the result of the fit.
     n_threads : int
@@ -121,13 +123,20 @@ class Checkpoints:
         to rounding.
     """
 
-    def __init__(self, params: Mapping[str, Any], identity: Any, n_threads: int):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        estimator: FitEstimator,
+        identity: Any,
+        n_threads: int,
+    ):
         from skqlora._utils.processes import lock_of_machine  # this loads torch
 
+        params = estimator.get_params(deep=False)
         relevant = {name: value for name, value in params.items() if name not in IRRELEVANT}
         versions = [__version__, *map(importlib.metadata.version, PACKAGES)]
         self._key = joblib.hash((sorted(relevant.items()), versions, identity))
-        self._folder = Path(os.fspath(params["checkpoint_dir"])) / f"fit-{self._key}"
+        self._folder = Path(directory) / f"fit-{self._key}"
         self._n_threads = n_threads
         # The lock is not in the folder itself, which may be on a network disk without locks.
         self._lock = lock_of_machine(f"fit-{self._key}")

@@ -6,7 +6,6 @@ which sets its own fitted attributes.
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from sklearn.utils import check_random_state
 
 from skqlora._utils.libraries import import_libraries
 from skqlora.adapter import AdapterState, Fitted
-from skqlora.settings.parameters import Parameters
+from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_epochs
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.weights import apply_class_weight
@@ -83,9 +82,8 @@ def fit_epochs(
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
 
-    params = estimator.get_params(deep=False)
-    parameters = Parameters.of(params)
-    check_checkpoint_parameters(params)
+    parameters = read_parameters(estimator)
+    check_checkpoint_parameters(estimator)
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, start))
         table, stopping = _early_stopping(estimator, table, held_out, start, seed)
@@ -101,7 +99,7 @@ def fit_epochs(
             prepared_training(
                 parameters, table, weights, seed + len(losses), n_epochs, start=adapter
             ) as run,
-            _Saving(params, data, run, stopping, ranks) as saving,
+            _Saving(estimator, data, run, stopping, ranks) as saving,
         ):
             now = partial(_fitted_now, table, run, seed)
             if stopping is not None:
@@ -153,7 +151,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
 
-    parameters = Parameters.of(estimator.get_params(deep=False))
+    parameters = read_parameters(estimator)
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, start))
         table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
@@ -185,8 +183,7 @@ class _Saving:
 
     Parameters
     ----------
-    params : mapping of str to object
-        The estimator's parameters.
+    estimator : QLoRAClassifier
     data : tuple
         The data that is trained on, scored and continued from.
     run : TrainingRun
@@ -196,7 +193,7 @@ class _Saving:
 
     def __init__(
         self,
-        params: Mapping[str, Any],
+        estimator: FitEstimator,
         data: tuple[Any, ...],
         run: "TrainingRun",
         stopping: EarlyStopping | None,
@@ -204,13 +201,14 @@ class _Saving:
     ):
         import torch
 
-        self._every, self._run, self._ranks = params["checkpoint_every"], run, ranks
+        self._every, self._run, self._ranks = estimator.checkpoint_every, run, ranks
         self._stopping = stopping
         self._checkpoints = None
-        if params["checkpoint_dir"] is not None:
+        directory = estimator.checkpoint_dir
+        if directory is not None:
             bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
             identity = data, bases, run.settings.text_settings, ranks.size
-            self._checkpoints = Checkpoints(params, identity, torch.get_num_threads())
+            self._checkpoints = Checkpoints(directory, estimator, identity, torch.get_num_threads())
 
     def __enter__(self) -> "_Saving":
         if self._checkpoints is not None and not self._ranks.call_on_first(self._checkpoints.lock):

@@ -1,5 +1,6 @@
 """What a fit needs of the estimator that it fits."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,8 +13,8 @@ from skqlora.text.weights import ClassWeight
 class FitEstimator(Protocol):
     """An estimator whose parameters were validated.
 
-    Those that say what a training computes are read by `Parameters.of`. The parameters below say
-    how a fit begins, is scored and ends, and are read where that happens.
+    `read_parameters` reads the parameters that say what a training computes. Those below say how a
+    fit begins, is scored, is kept safe and ends, and are read where that happens.
     """
 
     class_weight: ClassWeight
@@ -22,6 +23,8 @@ class FitEstimator(Protocol):
     n_iter_no_change: int
     tol: float
     scoring: str | Callable[..., float] | None
+    checkpoint_dir: str | os.PathLike | None
+    checkpoint_every: int
     random_state: int | np.random.RandomState | None
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

@@ -5,7 +5,7 @@ This module knows nothing of scores or callbacks, nor of what the labels mean.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import joblib
 import numpy as np
@@ -19,7 +19,7 @@ from skqlora.memory.tracing import UntraceableError
 from skqlora.model.cache import count_bytes_of, drop_other_backbones, get_backbone
 from skqlora.model.lora import resolve_lora
 from skqlora.model.spec import BackboneSpec
-from skqlora.model.text_classifier import TextClassifierModel, resolve_pooling
+from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
@@ -32,8 +32,25 @@ from skqlora.training.head_start import check_class_names, start_head
 from skqlora.training.prefix import CachedPrefix, cached_prefix
 from skqlora.training.trainer import Trainer
 
-# The settings that may differ between the ranks of a training. A base is compared by its weights.
-OF_ONE_RANK = {"model", "revision", "device", "verbose", "chosen"}
+# The settings that all ranks of a training must share. They share the base too, which is compared
+# by its weights, wherever it is.
+SHARED_SETTINGS = (
+    "pooling",
+    "init_head_weights",
+    "lora_dropout",
+    "num_train_epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "learning_rate",
+    "head_learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "optim",
+    "incremental",
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,7 @@ def prepared_training(
         device=str(spec.device),
         compute_dtype=str(spec.compute_dtype).removeprefix("torch."),
         max_length=text_settings.max_length,
-        pooling=resolve_pooling(parameters.pooling, backbone),
+        pooling=parameters.pooling,
         num_train_epochs=n_epochs,
         gradient_checkpointing=checkpointing,
         model_type=architecture.model_type,
@@ -133,8 +150,9 @@ def prepared_training(
     ranks.check_same_inputs(
         lambda: (
             (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
-            (lora, {k: v for k, v in vars(settings).items() if k not in OF_ONE_RANK}),
-            (backbone.fingerprint, joblib.hash((start, resumed))),
+            (lora, text_settings, [getattr(settings, name) for name in SHARED_SETTINGS]),
+            (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
+            joblib.hash((start, resumed)),
         )
     )
     with TextClassifierModel.for_training(
@@ -146,10 +164,10 @@ def prepared_training(
         lora_dropout=settings.lora_dropout,
         start=start,
     ) as model:
+        settings = replace(settings, pooling=model.pooling)
         if start is None:
-            how = settings.init_head_weights
             start_head(
-                "normal" if how == "probe" and incremental else how,
+                settings.init_head_weights,
                 model,
                 tokenizer,
                 table.classes,

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
+from skqlora.memory.planning import largest_pass
 from skqlora.model.device import is_out_of_memory
 from skqlora.model.flat import FlatParameters
 from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.settings.settings import Settings
-from skqlora.text.batches import TokenizedTexts, cut_by_tokens, largest_pass, training_batches
+from skqlora.text.batches import TokenizedTexts, cut_by_tokens, training_batches
 from skqlora.training.distributed import Ranks
 from skqlora.training.optimizer import (
     load_numpy_state_dict,
@@ -92,7 +93,7 @@ class Trainer:
         ]
         self.optimizer = make_optimizer(settings.optim, groups)
         self.scheduler = get_scheduler(
-            "constant_with_warmup" if settings.incremental else settings.lr_scheduler_type,
+            settings.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=_count_warmup_steps(settings, n_steps),
             num_training_steps=n_steps,
