@@ -148,8 +148,10 @@ import skqlora
 saved = skqlora.QLoRAClassifier.load({str(tmp_path / "c")!r})
 try:
     saved.predict("a single text")
-except TypeError as error:
+except TypeError as error:  # before anything is loaded
     assert "single str" in str(error)
+else:
+    raise AssertionError
 assert "torch" not in sys.modules
 np.save({str(tmp_path / "p.npy")!r}, [saved.predict_proba(texts), pickled.predict_proba(texts)])
 """
