@@ -82,10 +82,10 @@ def test_optimizer_goes_on_in_memory_of_its_own(medium, optim):
     settings = make_settings(optim=optim)
     with Trainer(model, random_tokens(), TARGETS, settings) as trainer:
         trainer.train_epoch()
-        state = trainer.state()
+        state = trainer.optimizer_state()
     with Trainer(model, random_tokens(), TARGETS, settings, resumed=state) as again:
         torch.cuda.synchronize()
-        for ours, theirs in zip(again.state().states, state.states, strict=True):
+        for ours, theirs in zip(again.optimizer_state().states, state.states, strict=True):
             for name, value in theirs.items():
                 np.testing.assert_array_equal(ours[name], value)
         moments = again.optimizer.state[again.segments[0].leaf]
