@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin
 
-from skqlora.base import BaseQLoRA
+from skqlora.base_estimator import BaseQLoRA
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.text.inputs import check_classes, check_labelled_texts, check_same_classes
 from skqlora.training.callbacks import with_callbacks
@@ -33,8 +33,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     double_quant : bool, default=True
         Whether the quantization constants are quantized too, which saves 0.37 bits per parameter.
     compute_dtype : {"auto", "bfloat16", "float16", "float32"}, default="auto"
-        The precision of the products with the base's weights. "auto" is bfloat16 where the hardware
-        multiplies it. The adapter and the head are always float32.
+        The precision of the products with the base's weights. "auto" is bfloat16 if the hardware
+        multiplies it, otherwise float16 (GPU) or float32 (CPU). Adapter and head are float32.
     device : str, default="auto"
         The torch device, such as "cuda:1". "auto" takes the first available one of CUDA, XPU and
         the CPU. If the base does not fit on the first of several GPUs, "auto" spreads its layers
@@ -53,13 +53,13 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The linear layers that get an adapter: all of them, those whose name matches a regular
         expression, or those whose name ends with an entry of a list.
     layers : "all", int or list of int, default="all"
-        The model's layers that get adapters: all, as many at the end as an int says, or those with
-        numbers in a list. A few at the end train faster: no gradient passes through those before.
+        The model's layers that get adapters: all, as many at the end as an int says, or those whose
+        numbers a list has, from 0 on or negative from the end. A few at the end train faster.
     cache_dtype : "auto", "bfloat16" or None, default="auto"
-        The precision for keeping the output of the layers before the first adapted one, which is
-        then computed once for each text instead of once an epoch. "auto" is the output's own. The
-        output is kept in at most a tenth of the free memory, for later fits too, and otherwise in a
-        temporary file. None keeps nothing, and neither do fits of one epoch.
+        With `layers`, the output of the layers before the first adapted one is computed once for
+        each text and kept in this precision; "auto" is its own. It takes at most a tenth of the
+        free memory, where later fits find it too, and otherwise a temporary file. None keeps
+        nothing, and neither do fits of one epoch.
     use_rslora : bool, default=False
         Whether LoRA's output is multiplied by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False
@@ -95,11 +95,11 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The number of passes over the training texts. "auto" makes enough of them for 300 updates,
         but at least 3 and at most 20.
     batch_size : int, default=16
-        The number of texts in one forward pass of training if they all have the greatest length.
-        With `gradient_accumulation_steps` above 1, more short texts share a pass.
+        The number of texts of one update, if `gradient_accumulation_steps` is 1. A forward pass has
+        at most that many of the longest texts, and on a CPU at most 2,048 tokens of them.
     gradient_accumulation_steps : int, default=1
-        The number of forward passes for one update. An update uses this many times `batch_size`
-        texts. How the product is split changes only memory and time.
+        An update uses this many times `batch_size` texts. How the product of the two is split
+        changes only memory and time.
     gradient_checkpointing : "auto" or bool, default="auto"
         Whether activations are computed again instead of being kept. This takes less memory and
         about a third more time. "auto" does it if the fit would not fit into memory otherwise,
@@ -149,8 +149,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         same call with an int as `random_state` resumes from there and comes to the same result: on
         a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
-        The number of updates between two checkpoints. A checkpoint is three times as large as the
-        adapter, and four times after the first epoch.
+        The number of updates between two checkpoints; a fit with fewer updates writes none. One is
+        three times as large as the adapter, and four times after the first epoch.
     random_state : int, RandomState instance or None, default=None
         The seed of the initial values of adapter and head, of the held-out texts, of the order of
         the texts and of dropout. On a CPU the same seed and number of threads give the same weights
@@ -163,22 +163,22 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     classes_ : ndarray of shape (n_classes,)
         The labels, sorted. For multilabel targets these are the numbers of their columns.
     multilabel_ : bool
-        Whether a text has any number of labels.
+        Whether a text may have several labels, or none.
     adapter_ : AdapterState
         The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
     settings_ : Settings or None
-        The choices of the fit where a parameter is "auto": device, precision, greatest length,
-        pooling, epochs, learning rates and checkpointing. Printing shows a table. It is None if the
-        classifier was made by `from_peft`, or read from a folder of an older version.
+        The parameters of the fit, with its choices instead of "auto" (except for `cache_dtype`).
+        Printing shows a table of them; `settings_.as_params()` returns them by name. None if the
+        classifier was made by `from_peft`, or read from a folder without settings.
     n_iter_ : int
         The number of epochs trained, or of calls of `partial_fit`.
     n_samples_seen_ : int
-        The number of texts trained on, in all calls of `partial_fit`.
+        The number of texts that `fit` trained on, plus those of later calls of `partial_fit`.
     loss_curve_ : list of float, of length n_epochs
         The mean training cross-entropy of each epoch, in nats, weighted like the training.
     validation_scores_ : list of float, of length n_epochs, or None without early stopping
-        The score of each epoch on the held-out texts, or NaN if there were none.
+        The score of each epoch on the held-out texts; NaN for epochs without early stopping.
     best_validation_score_ : float, or None without early stopping
         The score of the adapter that was kept.
     optimizer_state_ : OptimizerState or None

@@ -402,7 +402,7 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
         return predict_logits(model, tokens)
 
     monkeypatch.setattr("skqlora.model.prediction.predict_logits", noting)
-    monkeypatch.setattr("skqlora.base.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.base_estimator.PREDICTION_CHUNK", 20)
     repeated = np.array(texts, dtype=object).repeat(3)
     probabilities = clf.predict_proba(repeated)
     np.testing.assert_allclose(probabilities, expected.repeat(3, axis=0), rtol=0, atol=1e-6)
@@ -413,7 +413,7 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
 def test_an_iterator_of_texts_is_predicted_in_chunks(clf, corpus, monkeypatch):
     texts, labels = corpus
     clf.fit(texts, labels)
-    monkeypatch.setattr("skqlora.base.PREDICTION_CHUNK", 20)
+    monkeypatch.setattr("skqlora.base_estimator.PREDICTION_CHUNK", 20)
     for method in (clf.predict, clf.predict_proba, clf.decision_function):
         expected = method(texts)
         found = method(text for text in texts)

@@ -23,7 +23,7 @@ ROOMS = [
     "display",
     "versions",
     "classifier",
-    "base",
+    "base_estimator",
     "training",
     "persistence",
     "memory",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import make_classifier, make_settings
+from sklearn.base import clone
 
 from skqlora import QLoRAClassifier
 from skqlora.persistence.saved_format import FILES, checksum
@@ -115,6 +116,16 @@ def test_what_was_chosen_is_what_acts(fitted, corpus):
     assert "auto" not in str(again.settings_)
 
 
+def test_what_was_chosen_can_be_given_to_another_estimator(fitted, encoder, corpus):
+    params = fitted.settings_.as_params()
+    assert tuple(params) == fitted.settings_.chosen
+    again = clone(fitted).set_params(**params).fit(*corpus)
+    np.testing.assert_array_equal(again.predict_proba(corpus[0]), fitted.predict_proba(corpus[0]))
+    piece = make_classifier(encoder, num_train_epochs="auto")
+    piece.partial_fit(*corpus, classes=sorted(set(corpus[1])))
+    assert "num_train_epochs" not in piece.settings_.as_params()  # one epoch is no choice
+
+
 def test_settings_are_read_by_people(fitted):
     table = str(fitted.settings_).splitlines()
     assert [line.split()[0] for line in table] == list(SETTLED)
@@ -145,6 +156,7 @@ def test_settings_of_a_piece_of_the_data(encoder, corpus, tmp_path):
     assert clf.settings_.num_train_epochs == 1
     assert clf.settings_.lr_scheduler_type == "constant_with_warmup"
     assert "one epoch at each partial_fit" in str(clf.settings_)
+    assert "constant_with_warmup  the rates do not decay" in str(clf.settings_)
     clf.save(tmp_path / "saved")
     assert QLoRAClassifier.load(tmp_path / "saved").settings_ == clf.settings_
 

@@ -18,7 +18,6 @@ AUTO_SHARE = 0.9
 # exceed what a fit takes by a quarter.
 REFUSED_SHARE = 1.25
 
-# the most effective batches that are sorted by length together
 CPU_TRAINING_TOKENS = 2048  # the most tokens in a padded pass on a CPU: the fastest on two cores
 
 

@@ -12,9 +12,9 @@ import numpy as np
 class Parameters:
     """The parameters that the user chose for a fit; "auto" leaves the choice to this package.
 
-    The names and their meaning are those of the estimator's parameters. Parameters that decide how
-    a fit begins, is scored or ends (`scoring`, `class_weight`, `random_state` ...) are not here,
-    because only the estimator itself uses them.
+    The names and their meaning are those of the estimator's parameters. All are plain values, which
+    can be hashed, compared and saved. Parameters that may be functions, dicts or random states, or
+    that concern only the course of a fit, are not here: see `training/estimator.py`.
     """
 
     model: str

@@ -2,6 +2,7 @@
 
 import html
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
 from skqlora.settings.parameters import Parameters
@@ -68,6 +69,17 @@ class Settings(Parameters):
         """The settings for turning a text into token ids."""
         return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
 
+    def as_params(self) -> dict[str, Any]:
+        """Return what was chosen, for the parameters of another estimator.
+
+        Returns
+        -------
+        params : dict
+            The parameters that were "auto", by name, with their exact values. An estimator to which
+            ``set_params(**params)`` gives them makes the same choices on other data and machines.
+        """
+        return {name: getattr(self, name) for name in self.chosen}
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTLED)
         return f"Settings({values})"
@@ -96,6 +108,9 @@ class Settings(Parameters):
             if self.incremental and name == "num_train_epochs":
                 by = "one epoch at each partial_fit"
             rows.append((name, shown, by))
+        if self.incremental:
+            by = "the rates do not decay in partial_fit"
+            rows.append(("lr_scheduler_type", self.lr_scheduler_type, by))
         return rows
 
 
@@ -142,6 +157,8 @@ def resolve_settings(
     if isinstance(head_rate, str):
         head_rate = HEAD_RATE_FACTOR * rate
     chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
+    if incremental:  # which is no choice by "auto"
+        chosen = tuple(name for name in chosen if name != "num_train_epochs")
     schedule, head = parameters.lr_scheduler_type, parameters.init_head_weights
     if incremental:  # nobody knows how much is to come, and all texts are not at hand
         schedule, head = "constant_with_warmup", "normal" if head == "probe" else head

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 MEGABATCHES_MIN = 4  # an epoch has at least this many megabatches, to keep the batches random
+# The most effective batches that are sorted by length together.
 MEGABATCH_SIZE_MAX = 50
 
 

@@ -13,8 +13,9 @@ from skqlora.text.weights import ClassWeight
 class FitEstimator(Protocol):
     """An estimator whose parameters were validated.
 
-    `read_parameters` reads the parameters that say what a training computes. Those below say how a
-    fit begins, is scored, is kept safe and ends, and are read where that happens.
+    `read_parameters` reads the parameters that are plain values. Those below may be functions,
+    dicts or random states, or concern only the course of a fit, and are read where they are needed.
+    `warm_start`, the last one, is read by `fit` alone.
     """
 
     class_weight: ClassWeight

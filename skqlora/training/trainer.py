@@ -1,4 +1,6 @@
-"""The training loop: batches, schedule, accumulation, clipping.
+"""The updates of each epoch: batches, schedule, accumulation, clipping.
+
+The loop over the epochs, with scores and callbacks, is in `epochs.py`.
 
 This module knows nothing of what texts and labels mean. It takes rows of token ids and numbers, and
 changes the model in place.
