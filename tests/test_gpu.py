@@ -290,7 +290,7 @@ def test_estimate_of_memory_is_what_a_fit_takes(medium, quantization, checkpoint
 @pytest.mark.parametrize(
     "changes",
     [
-        {"compute_dtype": "float16"},  # the scale of the loss goes on too
+        {"compute_dtype": "float16"},  # the scale of the loss continues too
         {"compute_dtype": "bfloat16", "optim": "paged_adamw_8bit", "lora_dropout": 0.3},
     ],
     ids=["float16", "8-bit"],

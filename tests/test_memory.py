@@ -36,7 +36,7 @@ def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
 
 
 def kept_bytes(backbone, n_texts, n_tokens, lora=LORA, *, lora_dropout=0.0):
-    """Bytes of the storages that autograd keeps of a pass, but for those that are there anyway."""
+    """Bytes of the storages that autograd keeps of a pass, except for those that are there anyway."""
     model = make_model(backbone, lora, lora_dropout=lora_dropout).train()
     for dropout in model._dropouts:
         dropout.part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
@@ -167,7 +167,7 @@ def test_estimate_for_a_gpu_that_is_not_here(tmp_path):
     on_cpu = estimate_memory(medium, lora_r=64, device="cpu", compute_dtype="float32")
     assert on_gpu.optimizer_paged
     assert on_gpu.resident == on_gpu.total - on_gpu.optimizer
-    assert on_gpu.activations < 0.8 * on_cpu.activations  # half the bytes, but for norms
+    assert on_gpu.activations < 0.8 * on_cpu.activations  # half the bytes, except for norms
     assert on_gpu.base < on_cpu.base  # embeddings are bfloat16
     assert on_gpu.n_texts == 16
 

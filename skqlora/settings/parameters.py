@@ -1,4 +1,4 @@
-"""The parameters that decide what a fit computes, as typed values."""
+"""The parameters of a fit that are plain values, with their types."""
 
 import os
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ class Parameters:
 def read_parameters(estimator: object) -> Parameters:
     """Read the parameters of an estimator, which were validated, from its attributes.
 
-    They become Python's own types: numbers of NumPy, enumerations, paths and lists cannot all be
-    hashed, compared and written as JSON.
+    They are turned into Python's own types, since NumPy's numbers, enumerations, paths and lists
+    cannot all be hashed, compared and written as JSON.
 
     Parameters
     ----------
