@@ -36,7 +36,7 @@ def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
 
 
 def kept_bytes(backbone, n_texts, n_tokens, lora=LORA, *, lora_dropout=0.0):
-    """Bytes of the storages that autograd keeps of a pass, except for those that are there anyway."""
+    """Bytes of the storages that autograd keeps of a pass, except for those there anyway."""
     model = make_model(backbone, lora, lora_dropout=lora_dropout).train()
     for dropout in model._dropouts:
         dropout.part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
