@@ -88,7 +88,7 @@ def test_family_that_cannot_be_adapted_is_refused_by_name(tmp_path, model_type):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("fnet", "gives a text another result when it is padded to a longer one's length"),
+        ("fnet", "gives a text another result beside a longer one, to whose length it is padded"),
         ("layoutlm", "cannot be run on token ids and a mask alone"),
     ],
 )

@@ -19,6 +19,7 @@ from helpers import (
     random_tokens,
     train,
 )
+from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from skqlora.model import replicas as replicas_module
@@ -34,9 +35,7 @@ from skqlora.settings.adapter_settings import TextSettings
 @pytest.fixture
 def injections():
     """Count PEFT's injections."""
-    with patch.object(
-        replicas_module, "inject_adapter_in_model", wraps=replicas_module.inject_adapter_in_model
-    ) as spy:
+    with patch.object(replicas_module, "inject_lora", wraps=replicas_module.inject_lora) as spy:
         yield spy
 
 
@@ -99,7 +98,7 @@ def test_first_values_are_distributed_as_those_of_peft(backbone, changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = peft_config(lora, module)
-        replicas_module.inject_adapter_in_model(config, module)
+        inject_adapter_in_model(config, module)
     ours = replica.state_dict()
     theirs = {name: p.detach().numpy() for name, p in module.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora.memory.tracing import Precision, trace_training
+from skqlora.model.experts import expert_matrices
 from skqlora.model.flat import PAGED_MIN_ELEMENTS
+from skqlora.model.quantizer import unquantized_layers
 from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 
@@ -158,7 +160,7 @@ def estimate_training(
     transients = TRANSIENTS * n_texts * n_tokens * trace.widest * itemsize
     transients += TRANSIENTS * trace.score_elements * itemsize
     masks = max(batch_rows, n_texts) * trace.adapted_features if dropout else 0
-    dequantized = trace.largest_weight * spec.compute_dtype.itemsize
+    dequantized = trace.largest_weight * spec.compute_dtype.itemsize + trace.recomputed
     return MemoryEstimate(
         base=_count_base_bytes(skeleton, spec),
         adapter=4 * n_trained,
@@ -178,15 +180,17 @@ def estimate_training(
 def _count_base_bytes(skeleton: PreTrainedModel, spec: BackboneSpec) -> int:
     """Count the bytes of a loaded base: packed weights with constants, and the rest as stored."""
     sizes: dict[Any, float] = {buffer: buffer.nbytes for buffer in skeleton.buffers()}
+    quantized = spec.quantization is not None
+    kept = {skeleton.get_submodule(name) for name in unquantized_layers(skeleton)}
     for module in skeleton.modules():
-        quantized = spec.quantization is not None and isinstance(module, nn.Linear | Conv1D)
+        linear = isinstance(module, nn.Linear | Conv1D) and module not in kept
+        packed = {"weight"} if linear else expert_matrices(module).keys()
         for name, parameter in module.named_parameters(recurse=False):
-            if not quantized:
-                sizes[parameter] = parameter.numel() * spec.storage_dtype.itemsize
-            elif name == "weight":
+            if quantized and name in packed:
                 sizes[parameter] = _packed_bytes(parameter.numel(), spec.double_quant)
             else:
-                sizes[parameter] = parameter.numel() * spec.compute_dtype.itemsize
+                dtype = spec.compute_dtype if quantized and linear else spec.storage_dtype
+                sizes[parameter] = parameter.numel() * dtype.itemsize
     return int(sum(sizes.values()))
 
 

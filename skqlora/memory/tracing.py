@@ -5,12 +5,12 @@ what it would keep. This module knows nothing of the memory that a device has.
 """
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
-from skqlora._utils.libraries import library_lock
 from skqlora.model.blocks import transformer_blocks
+from skqlora.model.experts import expert_matrices
 from skqlora.model.flat import ALIGNMENT
-from skqlora.model.lora import ADAPTER, peft_config
+from skqlora.model.lora import ADAPTER, inject_lora
 from skqlora.model.modules import drop_pooler
 from skqlora.settings.adapter_settings import LoraSettings
 
@@ -76,7 +76,10 @@ class Trace:
     widest : int
         The greatest number of features of a linear layer's input or output.
     largest_weight : int
-        The greatest number of elements of a linear layer's weight.
+        The greatest number of elements of a linear layer's weight, or of a layer's experts.
+    recomputed : int
+        The bytes that a layer's experts hold while their part of the backward pass is computed
+        again, the dequantized matrices not counted.
     adapted_features : int
         The total number of input features of all adapted layers. Dropout's mask of a row has a
         value for each of them.
@@ -90,6 +93,7 @@ class Trace:
     hidden_size: int
     widest: int
     largest_weight: int
+    recomputed: int
     adapted_features: int
     score_elements: int
 
@@ -151,6 +155,8 @@ def trace_training(
             f"{type(module).__name__} cannot be run without values: {error}"
         ) from error
     weights = [w for m in module.modules() if (w := _matrix(m)) is not None and not w.requires_grad]
+    experts = [m for m in module.modules() if isinstance(m, _TracedExperts)]
+    sizes = [weight.numel() for weight in weights] + [m.n_elements for m in experts]
     trained = [p for p in module.parameters() if p.requires_grad]
     outside = kept.nbytes - sum(use.kept for use in by_block)
     dense = _dense_bytes(adapted, precision) if lora.use_dora and dropout else 0
@@ -163,7 +169,8 @@ def trace_training(
         adapter_elements=sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in trained),
         hidden_size=hidden.shape[-1],
         widest=max(max(weight.shape) for weight in weights),
-        largest_weight=max(weight.numel() for weight in weights),
+        largest_weight=max(sizes),
+        recomputed=max((m.recomputed for m in experts), default=0),
         adapted_features=sum(layer.in_features for layer in adapted),
         score_elements=_count_scores(module, n_rows, n_tokens),
     )
@@ -185,8 +192,10 @@ def _adapted_skeleton(
         # copy of a 4-bit weight.
         if (weight := _matrix(layer)) is not None:
             weight.data = weight.data.to(precision.compute)
-    with library_lock, torch.device("meta"):
-        inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
+        if precision.quantized and expert_matrices(layer):
+            layer.to(precision.compute).__class__ = _traced_class(type(layer))
+    with torch.device("meta"):
+        inject_lora(lora, module)
     return module.eval()
 
 
@@ -217,12 +226,13 @@ class _Kept:
 
     def __init__(self, there: Iterable[torch.Tensor]):
         self._storages = {_key(tensor): tensor for tensor in there}  # alive: keys stay unique
-        self.nbytes = 0
+        self.nbytes = self.largest = 0
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         if _key(tensor) not in self._storages:
             self._storages[_key(tensor)] = tensor
             self.nbytes += tensor.untyped_storage().nbytes()
+            self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return tensor
 
 
@@ -255,6 +265,41 @@ class _Masked(nn.Module):
         return x * x.new_empty([len(x), *[1] * (x.ndim - 2), x.shape[-1]])
 
 
+class _TracedExperts(nn.Module):
+    """Packed experts without values, which keep their inputs as `PackedExperts` does."""
+
+    recomputed = 0  # bytes, at most
+
+    @property
+    def n_elements(self) -> int:
+        """The number of elements of all expert matrices of the layer."""
+        return sum(shape.numel() for shape in expert_matrices(self).values())
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kept = _Kept([*self.parameters(), *self.buffers()])
+        with saved_tensors_hooks(kept.add, _unneeded):
+            lowered = hidden.to(next(self.parameters()).dtype)
+            output = super().forward(lowered, *args, **kwargs).to(hidden.dtype)
+        # The gradient of the widest of them is there at the same time.
+        self.recomputed = max(self.recomputed, kept.nbytes + kept.largest)
+        inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        return _Recomputed.apply(output.detach(), hidden, *inputs)
+
+
+@functools.cache
+def _traced_class(experts_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Traced{experts_class.__name__}", (_TracedExperts, experts_class), {})
+
+
+class _Recomputed(torch.autograd.Function):
+    """A step whose backward pass begins with computing it again from its inputs."""
+
+    @staticmethod
+    def forward(ctx, output, *inputs):
+        ctx.save_for_backward(*inputs)
+        return output.clone()
+
+
 class _Dataless(TorchFunctionMode):
     """A context in which a model runs on the meta device as it does on a real one.
 
@@ -277,6 +322,8 @@ class _Dataless(TorchFunctionMode):
             if precision.autocast:
                 query, key, value = (x.to(precision.compute) for x in (query, key, value))
             return _FusedAttention.apply(query, key, value, kwargs.get("attn_mask"))
+        if name == "_grouped_mm":  # on the meta device torch has it in bfloat16 alone
+            return _GroupedProduct.apply(*args[:2])
         if name == "linear" and precision.quantized and not args[1].requires_grad:
             return func(args[0].to(precision.compute), *args[1:], **kwargs).to(args[0].dtype)
         if precision.autocast and name in LOWERED:
@@ -291,6 +338,15 @@ def _cast(args: tuple, dtype: torch.dtype) -> tuple:
         arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
         for arg in args
     )
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The product of rows, grouped by their expert, with frozen matrices of all experts."""
+
+    @staticmethod
+    def forward(ctx, rows, matrices):
+        ctx.save_for_backward(matrices)
+        return rows.new_empty(len(rows), matrices.shape[-1])
 
 
 class _FusedAttention(torch.autograd.Function):

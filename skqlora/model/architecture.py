@@ -1,47 +1,55 @@
 """The models that can be adapted, checked by their configuration before any weight is read."""
 
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import torch
-from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from skqlora._utils.caches import registered_lru_cache
+from skqlora.model.configuration import read_config
+from skqlora.model.experts import expert_matrices
+from skqlora.model.quantizer import UNQUANTIZED_SHARE
+from skqlora.model.text_part import build_text_part
 
 # The kinds of rotary embeddings whose angles depend on the longest row of the batch, once that row
 # is longer than the model was trained on. A text's result would then depend on its neighbours.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-# The share of its weights that a 4-bit model may keep in layers that cannot be quantized.
-UNQUANTIZED_SHARE = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """What is known about a model before it is loaded.
 
     Attributes
     ----------
-    model_type : str
-        The name of the model's family in transformers, e.g. "llama".
+    config : transformers.PreTrainedConfig
+        The configuration of the text model, without how the checkpoint is quantized.
+    whole : bool
+        Whether the checkpoint is of the text model alone, and not of other towers too.
+    stored_quantization : dict or None
+        How the checkpoint is quantized, as its config.json says it.
     max_positions : int or None
         The greatest number of tokens that the model takes, or None if it sets no limit.
     vocab_size : int
         The number of tokens for which the model has an embedding.
     skeleton : transformers.PreTrainedModel
-        The model on the meta device, with every shape and no weight. It is never changed.
+        The text model on the meta device, with every shape and no weight. It is never changed.
     """
 
-    model_type: str
+    config: PreTrainedConfig
+    whole: bool
+    stored_quantization: Mapping[str, Any] | None
     max_positions: int | None
     vocab_size: int
     skeleton: PreTrainedModel
+
+    @property
+    def model_type(self) -> str:
+        """The name of the text model's family in transformers, e.g. "llama"."""
+        return self.config.model_type
 
     def max_length(self, tokenizer_max_length: int) -> int:
         """Return the greatest length of a text that the model and its tokenizer both take."""
@@ -81,11 +89,45 @@ def check_architecture(
     Raises
     ------
     ValueError
-        If there is no configuration, or if the model is an encoder-decoder, takes something other
-        than text, cannot be built by transformers, is already quantized, or would stay unquantized
-        in part, as a mixture of experts would.
+        If there is no configuration, or if the model is refused; see `describe_architecture`.
     """
-    config = read_config(model, revision)
+    return describe_architecture(
+        read_config(model, revision),
+        model=model,
+        quantized=quantized,
+        attn_implementation=attn_implementation,
+    )
+
+
+def describe_architecture(
+    config: PreTrainedConfig,
+    *,
+    model: str,
+    quantized: bool,
+    attn_implementation: str | None = None,
+) -> Architecture:
+    """Determine a model's text part from its configuration, or refuse the model by name.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        The configuration of the whole model.
+    model : str
+        What the messages call the model.
+    quantized : bool
+        Whether the base is to be quantized.
+    attn_implementation : str, optional
+
+    Returns
+    -------
+    architecture : Architecture
+
+    Raises
+    ------
+    ValueError
+        If transformers cannot build the text part, if that does not read text, or if it would stay
+        unquantized in large part.
+    """
 
     def refusal(what: str, remedy: str) -> ValueError:
         return ValueError(
@@ -93,87 +135,42 @@ def check_architecture(
             f"ModernBERT, or a decoder such as Llama, Qwen or Mistral. {remedy}"
         )
 
-    if config.is_encoder_decoder:
-        raise refusal("is an encoder-decoder", "Take an encoder or a decoder of that size.")
-    if config.get_text_config() is not config:
-        raise refusal("takes more than text", "Take the text model that it was built from.")
-    if getattr(config, "quantization_config", None):
-        raise refusal("is already quantized", "Take its 16-bit checkpoint; `fit` quantizes it.")
+    stored_quantization = _take_quantization(config)
     try:
-        with torch.device("meta"):  # every shape and no weight
-            skeleton = AutoModel.from_config(
-                config, attn_implementation=attn_implementation, trust_remote_code=False
-            )
-    except (AttributeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
-        raise refusal(f"cannot be built by transformers: {error}", "Take another one.") from error
-    if not _reads_text(skeleton):
+        part = build_text_part(config, attn_implementation)
+    except Exception as error:  # a configuration may be wrong in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = "is an encoder-decoder and " if config.is_encoder_decoder else ""
+        raise refusal(
+            f"{kind}cannot be built by transformers: {reason}", "Take another one."
+        ) from error
+    if not _reads_text(part.skeleton):
         raise refusal("does not read text", "Take another one.")
-    kinds, share = _unquantizable(skeleton)
+    kinds, share = _unquantizable(part.skeleton)
     if quantized and share > UNQUANTIZED_SHARE:
         raise refusal(
             f"keeps {share:.0%} of its weights in {', '.join(kinds)}, which bitsandbytes leaves "
             "unquantized",
-            "Take a dense model of plain linear layers, no mixture of experts.",
+            "Take a model whose matrices are in plain linear layers or in experts.",
         )
     return Architecture(
-        config.model_type,
-        _max_positions(config, skeleton),
-        skeleton.get_input_embeddings().num_embeddings,
-        skeleton,
+        config=part.config,
+        whole=part.whole,
+        stored_quantization=stored_quantization,
+        max_positions=_max_positions(part.config, part.skeleton),
+        vocab_size=part.skeleton.get_input_embeddings().num_embeddings,
+        skeleton=part.skeleton,
     )
 
 
-def read_config(model: str, revision: str | None) -> PretrainedConfig:
-    """Read a model's configuration, or raise a ValueError that says why this is not possible."""
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ValueError(
-            f"model={model!r} is a folder without a config.json. Wanted: a folder that "
-            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
-        )
-    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ValueError(
-            f"model={model!r} is a folder that does not exist. Wanted: a folder that "
-            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
-        )
-    try:
-        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except Exception as error:  # hub, network, JSON and registry errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = "It is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
-        raise ValueError(
-            f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
-            "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
-            "('organisation/name') that transformers knows without running code from its "
-            "repository."
-        ) from error
-
-
-def pin_revision(model: str, revision: str | None) -> str | None:
-    """Resolve a branch or tag on the Hub to the commit that it stands for, once in a process.
-
-    Parameters
-    ----------
-    model : str
-        A Hub id.
-    revision : str or None
-
-    Returns
-    -------
-    revision : str or None
-        The commit, or the revision unchanged if the Hub gives no answer. What is wrong then shows
-        when the model is read.
-    """
-    try:
-        return _commit_of(model, revision)
-    except (OSError, ValueError):
-        return revision
-
-
-@functools.lru_cache(maxsize=32)  # all folds of a search must use the same commit
-def _commit_of(model: str, revision: str | None) -> str | None:
-    file = cached_file(model, "config.json", revision=revision)
-    return extract_commit_hash(file, None) or revision
+def _take_quantization(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """Remove from a configuration how the checkpoint is quantized, and return it if it says so."""
+    found = None
+    for part in (config.get_text_config(), config):
+        if hasattr(part, "quantization_config"):
+            found = part.quantization_config or found
+            del part.quantization_config
+    return found
 
 
 def _reads_text(skeleton: PreTrainedModel) -> bool:
@@ -187,22 +184,23 @@ def _reads_text(skeleton: PreTrainedModel) -> bool:
 def _unquantizable(skeleton: nn.Module) -> tuple[list[str], float]:
     """Name the modules, except embeddings, whose matrices stay unquantized, and find their share.
 
-    transformers replaces `nn.Linear` and GPT-2's `Conv1D` by quantized layers. It replaces neither
-    their subclasses nor the stacks of matrices in which mixtures of experts keep their experts.
+    transformers replaces `nn.Linear` and GPT-2's `Conv1D` by quantized layers, but not their
+    subclasses. The stacks of matrices in which mixtures of experts keep their experts are quantized
+    by this package.
     """
     kept = {
         parameter: type(module).__name__
         for module in skeleton.modules()
         if type(module) not in (nn.Linear, Conv1D)
         and not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim >= 2
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2 and name not in expert_matrices(module)
     }
     n_parameters = sum(p.numel() for p in skeleton.parameters())
     return sorted(set(kept.values())), sum(p.numel() for p in kept) / n_parameters
 
 
-def _max_positions(config: PretrainedConfig, skeleton: nn.Module) -> int | None:
+def _max_positions(config: PreTrainedConfig, skeleton: nn.Module) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None

@@ -1,10 +1,11 @@
-"""The identity of a base on disk: a hash of its configuration and its weights.
+"""The identity of a base on disk: a hash of its configuration and of the weights that are read.
 
 This module knows nothing of how a base is loaded.
 """
 
 import hashlib
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from skqlora.model.checkpoint import weight_files
+
 # The entries of a config.json that can change without changing what the model computes.
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 
 
-def fingerprint_source(model: str, revision: str | None) -> str:
+def fingerprint_source(model: str, revision: str | None, only: Container[str] | None = None) -> str:
     """Hash what identifies a base on disk, whatever device or dtype it is loaded to.
 
-    The hash covers the configuration, and the name, dtype, shape and values of every tensor. It
-    takes about a second for each gigabyte. How the tensors are spread over files does not change
-    the hash.
+    The hash covers the configuration, and the name, dtype, shape and values of every tensor that is
+    read. It takes about a second for each gigabyte. How the tensors are spread over files does not
+    change the hash.
 
     Parameters
     ----------
     model : str
         A Hub id or a local folder.
     revision : str or None
+    only : container of str, optional
+        The names of the tensors that are read. By default these are all.
 
     Returns
     -------
@@ -50,7 +55,8 @@ def fingerprint_source(model: str, revision: str | None) -> str:
     tensors = {}
     for path in weight_files(model, revision):
         with safe_open(path, framework="pt") as file:
-            tensors.update({name: _tensor_digest(file, name) for name in file.keys()})  # noqa: SIM118
+            names = [name for name in file.keys() if only is None or name in only]  # noqa: SIM118
+            tensors.update({name: _tensor_digest(file, name) for name in names})
     for name in sorted(tensors):
         digest.update(tensors[name])
     return digest.hexdigest()
@@ -61,30 +67,3 @@ def _tensor_digest(file: Any, name: str) -> bytes:
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy())
     return digest.digest()
-
-
-def weight_files(model: str, revision: str | None) -> list[Path]:
-    """List the safetensors files of a base, or raise a ValueError that says what is missing."""
-    single = _file_of(model, revision, "model.safetensors")
-    if single is not None:
-        return [single]
-    index = _file_of(model, revision, "model.safetensors.index.json")
-    if index is None:
-        raise ValueError(
-            f"model={model!r} has no weights in safetensors format (model.safetensors). Other "
-            "formats can run code when they are read and are not loaded; "
-            "`model.save_pretrained(folder)` writes safetensors."
-        )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    shards = [_file_of(model, revision, name) for name in names]
-    if None in shards:
-        raise ValueError(
-            f"model={model!r} lacks {names[shards.index(None)]}, which its "
-            "model.safetensors.index.json names. Wanted: all files of the checkpoint."
-        )
-    return [shard for shard in shards if shard is not None]
-
-
-def _file_of(model: str, revision: str | None, name: str) -> Path | None:
-    path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else Path(path)

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -13,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import library_lock, muted
 from skqlora.model.blocks import modules_in_layers
+from skqlora.model.experts import find_routers, has_experts
 from skqlora.model.lora_layer import FusedLinear4bit
-from skqlora.model.modules import replicate
+from skqlora.model.modules import NoRandomInit, replicate
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import Parameters
 
@@ -61,6 +63,8 @@ def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSetti
 def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
     """Convert the settings to PEFT's configuration for a base or its skeleton."""
     targets = lora.target_modules
+    if has_experts(module):
+        targets = _names_of_targets(targets, module)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
@@ -73,6 +77,48 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
     )
     config._register_custom_module({bnb.nn.Linear4bit: FusedLinear4bit})
     return config
+
+
+def inject_lora(lora: LoraSettings, module: PreTrainedModel) -> None:
+    """Put new LoRA layers on a replica of a base, or on a copy of its skeleton."""
+    with library_lock, NoRandomInit():
+        inject_adapter_in_model(peft_config(lora, module), shown_to_peft(module), ADAPTER)
+
+
+def shown_to_peft(module: PreTrainedModel) -> nn.Module:
+    """Return what PEFT may see of a module: all of it, but no mixture of experts as such.
+
+    An adapter that was made with transformers 4 names the experts' matrices like linear layers, so
+    PEFT takes the name "gate_proj" for the matrices of that name in all experts, too. It does so
+    for a module whose configuration names such a family.
+    """
+    return _Unnamed(module) if has_experts(module) else module
+
+
+class _Unnamed(nn.Module):
+    """A module around a base, without the base's configuration."""
+
+    def __init__(self, base: PreTrainedModel):
+        super().__init__()
+        self.base = base
+        self.is_loaded_in_4bit = getattr(base, "is_loaded_in_4bit", False)
+
+
+def _names_of_targets(targets: str | tuple[str, ...], module: nn.Module) -> tuple[str, ...]:
+    """Name the target modules in full: linear layers, and routers only if they are asked for."""
+    every = targets == "all-linear"
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    routers = find_routers(module) if every else ()
+    names = tuple(
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D)
+        and (every or check_target_module_exists(config, name))
+        and name not in routers
+    )
+    if not names:
+        raise ValueError("No linear layer has such a name, and experts have no adapter.")
+    return names
 
 
 def targeted_modules(
@@ -114,8 +160,8 @@ def _try_targets(
 ) -> tuple[str, ...]:
     module = replicate(skeleton)
     lora = LoraSettings(1, 1.0, target_modules, False, False, True)
-    with library_lock, torch.device("meta"):
-        inject_adapter_in_model(peft_config(lora, module), module, adapter_name=ADAPTER)
+    with torch.device("meta"):
+        inject_lora(lora, module)
     return tuple(name for name, m in module.named_modules() if isinstance(m, LoraLayer))
 
 

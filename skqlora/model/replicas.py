@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from skqlora._utils.libraries import library_lock
 from skqlora.adapter import AdapterState, check_shapes
 from skqlora.model.flat import FlatParameters
-from skqlora.model.lora import ADAPTER, peft_config
-from skqlora.model.modules import NoRandomInit, drop_pooler, replicate
+from skqlora.model.lora import ADAPTER, inject_lora
+from skqlora.model.modules import drop_pooler, replicate
 from skqlora.settings.adapter_settings import LoraSettings
 
 MAX_FREE_REPLICAS = 8
@@ -81,10 +79,7 @@ class AdaptedReplica:
         self.module = replicate(base)
         if not keep_pooler:
             drop_pooler(self.module)
-        with library_lock, NoRandomInit():
-            inject_adapter_in_model(
-                peft_config(lora, self.module), self.module, adapter_name=ADAPTER
-            )
+        inject_lora(lora, self.module)
         self.module.eval()  # PEFT's modules start in training mode
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         by_device: dict[torch.device, dict[str, nn.Parameter]] = {}

@@ -8,8 +8,10 @@ import torch
 
 from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState
-from skqlora.model.architecture import Architecture, check_architecture, pin_revision
+from skqlora.model.architecture import Architecture, check_architecture
+from skqlora.model.configuration import pin_revision
 from skqlora.model.device import may_spread, resolve_compute_dtype, resolve_device
+from skqlora.model.stored_quantization import check_stored_quantization
 from skqlora.settings.parameters import Parameters
 
 
@@ -91,13 +93,20 @@ class BackboneSpec:
     def architecture(self, *, progress_bars: bool = False) -> Architecture:
         """Read the model's configuration; raise ValueError for a model that cannot be adapted."""
         with muted(progress_bars=progress_bars):
-            return check_architecture(
+            architecture = check_architecture(
                 self.model,
                 self.revision,
                 quantized=self.quantization is not None,
                 attn_implementation=self.attn_implementation,
                 files=self.files,
             )
+            check_stored_quantization(
+                architecture.stored_quantization,
+                model=self.model,
+                quantization=self.quantization,
+                double_quant=self.double_quant,
+            )
+            return architecture
 
     @property
     def storage_dtype(self) -> torch.dtype:

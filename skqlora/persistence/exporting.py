@@ -26,9 +26,9 @@ from transformers.utils import cached_file
 
 from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState, Fitted, Footprint
-from skqlora.model.architecture import read_config
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
+from skqlora.model.configuration import read_config
 from skqlora.model.lora import has_conv1d
 from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel, check_base

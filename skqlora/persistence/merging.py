@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from skqlora._utils.libraries import library_lock
 from skqlora.adapter import AdapterState, check_shapes
 from skqlora.model.backbone import Backbone
-from skqlora.model.lora import ADAPTER, peft_config
+from skqlora.model.lora import ADAPTER, peft_config, shown_to_peft
 from skqlora.model.modules import NoRandomInit
 from skqlora.persistence.peft_format import adapted_modules
 
@@ -129,8 +129,9 @@ def _dense_state(quantized: PreTrainedModel, dense: nn.Module) -> dict[str, torc
     for name in dense.state_dict():
         module_name, _, parameter = name.rpartition(".")
         module = quantized.get_submodule(module_name)
-        if isinstance(module, bnb.nn.Linear4bit) and parameter == "weight":
-            value = _dequantized(module.weight)
+        packed = getattr(module, parameter)
+        if isinstance(packed, bnb.nn.Params4bit):
+            value = _dequantized(packed)
             if isinstance(dense.get_submodule(module_name), Conv1D):  # GPT-2's transposed layers
                 value = value.T.contiguous()
         else:
@@ -151,8 +152,8 @@ def _add_adapter(base: nn.Module, state: AdapterState) -> None:
     targets = tuple(adapted_modules(state.lora_tensors))
     lora = replace(state.lora, target_modules=targets)
     with library_lock, NoRandomInit():
-        adapted = LoraModel(base, {ADAPTER: peft_config(lora, base)}, ADAPTER)
-    parameters = {name: p for name, p in adapted.model.named_parameters() if ".lora_" in name}
+        adapted = LoraModel(shown_to_peft(base), {ADAPTER: peft_config(lora, base)}, ADAPTER)
+    parameters = {name: p for name, p in base.named_parameters() if ".lora_" in name}
     check_shapes(state.lora_tensors, {name: tuple(p.shape) for name, p in parameters.items()})
     for name, parameter in parameters.items():
         parameter.copy_(torch.tensor(state.lora_tensors[name]))

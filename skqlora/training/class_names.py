@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from skqlora._utils.libraries import muted
-from skqlora.model.architecture import read_config
 from skqlora.model.backbone import Backbone
-from skqlora.model.fingerprint import weight_files
+from skqlora.model.checkpoint import weight_files
+from skqlora.model.configuration import read_config
 from skqlora.model.spec import BackboneSpec
 from skqlora.text.tokenization import CachingTokenizer
 

@@ -1,0 +1,84 @@
+"""A model's configuration on disk or on the Hub, and the commit that it is of."""
+
+import functools
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+# What else a folder without a config.json may be: a file that shows it, and what to do then.
+OTHER_FOLDERS = {
+    "skqlora.json": "a folder that `save` wrote. Call `QLoRAClassifier.load(folder)`",
+    "adapter_config.json": (
+        "a folder that holds only an adapter of PEFT. Call `QLoRAClassifier.from_peft(folder)` for "
+        "the adapter, or pass the model that it was trained on"
+    ),
+    "*.gguf": (
+        "a folder that holds only a GGUF file, whose weights are rounded already. Pass the model "
+        "in safetensors format that the file was made of"
+    ),
+}
+
+
+def read_config(model: str, revision: str | None) -> PreTrainedConfig:
+    """Read a model's configuration, or raise a ValueError that says why this is not possible."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise ValueError(
+            f"model={model!r} is {_other_folder(Path(model))}. Wanted: a folder that "
+            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
+        )
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(
+            f"model={model!r} is a folder that does not exist. Wanted: a folder that "
+            "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
+        )
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except Exception as error:  # hub, network, JSON and registry errors share no base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
+            reason = "It is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
+        raise ValueError(
+            f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
+            "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
+            "('organisation/name') that transformers knows without running code from its "
+            "repository."
+        ) from error
+
+
+def _other_folder(folder: Path) -> str:
+    """Say what a folder is that holds no configuration of a model, and what to do."""
+    for pattern, what in OTHER_FOLDERS.items():
+        if any(folder.glob(pattern)):
+            return what
+    return "a folder without a config.json"
+
+
+def pin_revision(model: str, revision: str | None) -> str | None:
+    """Resolve a branch or tag on the Hub to the commit that it stands for, once in a process.
+
+    Parameters
+    ----------
+    model : str
+        A Hub id.
+    revision : str or None
+
+    Returns
+    -------
+    revision : str or None
+        The commit, or the revision unchanged if the Hub gives no answer. What is wrong then shows
+        when the model is read.
+    """
+    try:
+        return _commit_of(model, revision)
+    except (OSError, ValueError):
+        return revision
+
+
+@functools.lru_cache(maxsize=32)  # all folds of a search must use the same commit
+def _commit_of(model: str, revision: str | None) -> str | None:
+    file = cached_file(model, "config.json", revision=revision)
+    return extract_commit_hash(file, None) or revision
