@@ -77,6 +77,142 @@ ENCODERS = {
     },
 }
 
+# Mixtures of experts: four experts, of which a token goes to two.
+LLAMA_16 = LLAMA | {"head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MIXTURES = {
+    "gpt_oss": LLAMA_16 | LOCAL,
+    "qwen2_moe": LLAMA | EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": LLAMA_16 | EXPERTS,
+    "qwen3_5_moe_text": LLAMA_16
+    | EXPERTS
+    | LINEAR_ATTENTION
+    | {"shared_expert_intermediate_size": 32},
+    "mixtral": LLAMA | LOCAL,
+    "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": LLAMA | LATENT | ROUTED,
+    "glm4_moe": LLAMA_16 | ROUTED,
+    "granitemoe": LLAMA | LOCAL,
+    "phimoe": LLAMA | LOCAL,
+    "llama4_text": LLAMA_16
+    | LOCAL
+    | {"num_experts_per_tok": 1, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1},
+    "jetmoe": SIZES
+    | LOCAL
+    | {"num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 64},
+}
+
+# Models of more than text: the text model's settings, and those of the vision tower.
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 16,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3], "mrope_interleaved": True}}
+TOWERS = {
+    "gemma3": (LLAMA_16, VISION),
+    "gemma4": (
+        LLAMA_16
+        | {
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 408,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 16,
+        },
+        VISION,
+    ),
+    "mistral3": (LLAMA | {"model_type": "mistral"}, VISION | {"model_type": "pixtral"}),
+    "llama4": (
+        MIXTURES["llama4_text"],
+        VISION | {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    ),
+    "qwen2_5_vl": (LLAMA | MROPE, QWEN_VISION),
+    "qwen3_vl": (LLAMA_16 | MROPE, QWEN_VISION),
+    "qwen3_5": (LLAMA_16 | LINEAR_ATTENTION, QWEN_VISION),
+    "qwen3_5_moe": (MIXTURES["qwen3_5_moe_text"], QWEN_VISION),
+    "glm4v_moe": (
+        LLAMA
+        | ROUTED
+        | {
+            "rope_parameters": ROPE | {"mrope_section": [1, 2, 1], "partial_rotary_factor": 0.5},
+        },
+        QWEN_VISION,
+    ),
+    "mllama": (
+        LLAMA | {"cross_attention_layers": []},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+        },
+    ),
+    "llava": (LLAMA | {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}),
+    "smolvlm": (LLAMA | {"model_type": "llama"}, VISION),
+    "idefics3": (LLAMA | {"model_type": "llama"}, VISION),
+    "aya_vision": (
+        LLAMA | {"model_type": "cohere2"},
+        VISION | {"model_type": "siglip_vision_model"},
+    ),
+    "lfm2_vl": (
+        LLAMA | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        VISION | {"model_type": "siglip2_vision_model"},
+    ),
+    "internvl": (
+        LLAMA | {"model_type": "qwen2"},
+        VISION | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [16, 16]},
+    ),
+}
+
+# Encoders of encoder-decoders.
+T5 = {"d_model": 64, "num_layers": 2, "d_ff": 128, "d_kv": 16, "num_heads": 4}
+ENCODER_DECODERS = {"t5": T5, "mt5": T5, "umt5": T5}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
 # What needs values of its input: its windows are as long as the longest text, rounded up.
 VALUE_DEPENDENT = {"longformer": BERT | {"attention_window": 8}}
 UNFIT = {"fnet": BERT, "layoutlm": BERT}  # loadable, and refused at the first forward pass
@@ -123,20 +259,38 @@ def save_model(folder, model_type: str, **overrides) -> str:
     encoders = ENCODERS | VALUE_DEPENDENT
     style = "encoder" if model_type in encoders else "decoder"
     tokenizer = make_tokenizer(style)
-    settings = (DECODERS | encoders | UNFIT)[model_type]
+    settings = (DECODERS | MIXTURES | encoders | UNFIT)[model_type]
     config = transformers.AutoConfig.for_model(
-        model_type,
-        **settings
-        | {
-            "vocab_size": len(tokenizer) + 8,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        | overrides,
+        model_type, **settings | {"vocab_size": len(tokenizer) + 8} | TOKENS | overrides
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_whole(folder, model_type: str, **overrides) -> transformers.PreTrainedModel:
+    """Write a tiny model that holds a text model among others, and a tokenizer; return the model.
+
+    It is a model of text and images, or an encoder-decoder.
+    """
+    vocabulary = {"vocab_size": len(make_tokenizer("decoder")) + 8} | TOKENS
+    if model_type in TOWERS:
+        text, vision = TOWERS[model_type]
+        settings = {
+            "text_config": text | vocabulary,
+            "vision_config": vision,
+            "tie_word_embeddings": False,
+        }
+        auto_class, style = transformers.AutoModelForImageTextToText, "decoder"
+    else:
+        settings = ENCODER_DECODERS[model_type] | vocabulary | {"decoder_start_token_id": 0}
+        auto_class, style = transformers.AutoModelForSeq2SeqLM, "encoder"
+    config = transformers.AutoConfig.for_model(model_type, **settings | overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto_class.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    make_tokenizer(style).save_pretrained(folder)
+    return model

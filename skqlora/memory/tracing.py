@@ -193,7 +193,8 @@ def _adapted_skeleton(
         if (weight := _matrix(layer)) is not None:
             weight.data = weight.data.to(precision.compute)
         if precision.quantized and expert_matrices(layer):
-            layer.to(precision.compute).__class__ = _traced_class(type(layer))
+            experts_class: Any = type(layer.to(precision.compute))
+            layer.__class__ = _traced_class(experts_class)
     with torch.device("meta"):
         inject_lora(lora, module)
     return module.eval()
@@ -287,7 +288,7 @@ class _TracedExperts(nn.Module):
 
 
 @functools.cache
-def _traced_class(experts_class: type[nn.Module]) -> type[nn.Module]:
+def _traced_class(experts_class: Any) -> type[nn.Module]:
     return type(f"Traced{experts_class.__name__}", (_TracedExperts, experts_class), {})
 
 

@@ -135,8 +135,8 @@ def describe_architecture(
             f"ModernBERT, or a decoder such as Llama, Qwen or Mistral. {remedy}"
         )
 
-    stored_quantization = _take_quantization(config)
     try:
+        stored_quantization = _take_quantization(config)
         part = build_text_part(config, attn_implementation)
     except Exception as error:  # a configuration may be wrong in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -146,6 +146,7 @@ def describe_architecture(
         ) from error
     if not _reads_text(part.skeleton):
         raise refusal("does not read text", "Take another one.")
+    embeddings: Any = part.skeleton.get_input_embeddings()
     kinds, share = _unquantizable(part.skeleton)
     if quantized and share > UNQUANTIZED_SHARE:
         raise refusal(
@@ -158,7 +159,7 @@ def describe_architecture(
         whole=part.whole,
         stored_quantization=stored_quantization,
         max_positions=_max_positions(part.config, part.skeleton),
-        vocab_size=part.skeleton.get_input_embeddings().num_embeddings,
+        vocab_size=embeddings.num_embeddings,
         skeleton=part.skeleton,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -162,7 +163,8 @@ class TextWeights:
         """
         text_class = type(self.skeleton)
         name = f"{text_class.__name__}InAnother"
-        register_checkpoint_conversion_mapping(name, self.transforms, overwrite=True)
+        transforms: list[Any] = self.transforms
+        register_checkpoint_conversion_mapping(name, transforms, overwrite=True)
         return type(name, (text_class,), {"__module__": text_class.__module__})
 
     def check_unread(self, unread: Iterable[str], model: str) -> None:

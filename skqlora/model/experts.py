@@ -45,7 +45,7 @@ def has_experts(model: nn.Module) -> bool:
     return any(expert_matrices(module) for module in model.modules())
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def _shape(parameter: Any) -> torch.Size:
     packed = isinstance(parameter, Params4bit) and parameter.quant_state is not None
     return parameter.quant_state.shape if packed else parameter.shape
 
@@ -72,7 +72,7 @@ def find_routers(model: nn.Module) -> tuple[str, ...]:
 
 def quantize_matrices(value: torch.Tensor, quant_type: str, double_quant: bool) -> Params4bit:
     """Pack matrices of shape (n_experts, n_rows, n_columns) on the device where they are."""
-    packed = Params4bit(
+    packed: Any = Params4bit(
         value, requires_grad=False, quant_type=quant_type, compress_statistics=double_quant
     )
     return packed.to(value.device)
@@ -83,12 +83,13 @@ def use_packed_experts(model: nn.Module, compute_dtype: torch.dtype) -> None:
     for module in model.modules():
         matrices = map(module.get_parameter, expert_matrices(module))
         if any(isinstance(each, Params4bit) for each in matrices):
-            module.__class__ = _packed_class(type(module))
+            experts_class: Any = type(module)
+            module.__class__ = _packed_class(experts_class)
             module.compute_dtype = compute_dtype  # type: ignore[assignment]
 
 
 @functools.cache
-def _packed_class(experts_class: type[nn.Module]) -> type[nn.Module]:
+def _packed_class(experts_class: Any) -> type[nn.Module]:
     return type(f"Packed{experts_class.__name__}", (PackedExperts, experts_class), {})
 
 

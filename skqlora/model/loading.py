@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Params4bit
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from skqlora.model.architecture import Architecture
@@ -49,8 +50,12 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
         weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
         names = list(weights.places(names))
     if is_bitsandbytes(architecture.stored_quantization):
-        kind = {"quantization": spec.quantization, "double_quant": spec.double_quant}
-        check_packed_weights(files, model=spec.model, **kind)
+        check_packed_weights(
+            files,
+            model=spec.model,
+            quantization=spec.quantization,
+            double_quant=spec.double_quant,
+        )
     fingerprint = fingerprint_source(spec.model, spec.revision, set(names))
     module, loading = _read(spec, architecture, weights)
     _check_all_on_gpus(spec, module)
@@ -60,6 +65,7 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
             "stay as they are. Call again once they are written."
         )
     _check_missing_weights(spec.model, module, loading["missing_keys"])
+    _check_packed_shapes(spec.model, module, architecture.skeleton)
     if weights is not None:
         weights.check_unread(loading["unexpected_keys"], spec.model)
     return module, fingerprint
@@ -73,17 +79,27 @@ def _read(
         NoRandomInit(),  # a pooler that the checkpoint lacks is built before it is dropped
     ):
         text_class = type(architecture.skeleton)
-        module, loading = (weights.readable_class() if weights else text_class).from_pretrained(
-            spec.model,
-            config=_config(spec, architecture),
-            revision=spec.revision,
-            quantization_config=_quantization_config(spec, architecture),
-            dtype=spec.storage_dtype,
-            **_placement(spec),
-            attn_implementation=spec.attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        read_class: Any = text_class if weights is None else weights.readable_class()
+        try:
+            module, loading = read_class.from_pretrained(
+                spec.model,
+                config=_config(spec, architecture),
+                revision=spec.revision,
+                quantization_config=_quantization_config(spec, architecture),
+                dtype=spec.storage_dtype,
+                **_placement(spec),
+                attn_implementation=spec.attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # shapes that do not fit
+            raise ValueError(
+                f"model={spec.model!r}: transformers cannot make {text_class.__name__} of its "
+                f"weights: {str(error).strip().splitlines()[0]} Wanted: a complete checkpoint of "
+                "the architecture that its config.json names."
+            ) from error
     module.__class__ = text_class
     return module, loading
 
@@ -92,7 +108,8 @@ def _config(spec: BackboneSpec, architecture: Architecture) -> PreTrainedConfig:
     """Return the text model's configuration, which says how a checkpoint in 4 bits is packed."""
     config, stored = copy.deepcopy(architecture.config), architecture.stored_quantization
     if is_bitsandbytes(stored):
-        config.quantization_config = {**stored, "bnb_4bit_compute_dtype": spec.compute_dtype}
+        compute = {"bnb_4bit_compute_dtype": spec.compute_dtype}
+        config.quantization_config = dict(stored or {}) | compute
     return config
 
 
@@ -142,3 +159,18 @@ def _check_missing_weights(model: str, module: PreTrainedModel, missing: set[str
             f"{type(module).__name__}, e.g. {min(missing)!r}. Wanted: a complete checkpoint of the "
             "architecture that its config.json names."
         )
+
+
+def _check_packed_shapes(model: str, module: PreTrainedModel, skeleton: PreTrainedModel) -> None:
+    """Refuse packed weights of another shape, as of half of the experts.
+
+    transformers compares only the shapes of what is not packed.
+    """
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, Params4bit):
+            has, wanted = parameter.quant_state.shape, skeleton.get_parameter(name).shape
+            if sorted(has) != sorted(wanted):  # GPT-2's layers are packed transposed
+                raise ValueError(
+                    f"model={model!r}: {name!r} is of shape {tuple(has)} in the checkpoint. "
+                    f"Wanted: {tuple(wanted)}, which its config.json says."
+                )

@@ -85,7 +85,7 @@ def inject_lora(lora: LoraSettings, module: PreTrainedModel) -> None:
         inject_adapter_in_model(peft_config(lora, module), shown_to_peft(module), ADAPTER)
 
 
-def shown_to_peft(module: PreTrainedModel) -> nn.Module:
+def shown_to_peft(module: nn.Module) -> nn.Module:
     """Return what PEFT may see of a module: all of it, but no mixture of experts as such.
 
     An adapter that was made with transformers 4 names the experts' matrices like linear layers, so
@@ -98,7 +98,7 @@ def shown_to_peft(module: PreTrainedModel) -> nn.Module:
 class _Unnamed(nn.Module):
     """A module around a base, without the base's configuration."""
 
-    def __init__(self, base: PreTrainedModel):
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.is_loaded_in_4bit = getattr(base, "is_loaded_in_4bit", False)

@@ -49,7 +49,8 @@ def _in_float32(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _float32_is_large(model: PreTrainedModel) -> bool:
-    n_kept = sum(model.get_submodule(name).weight.numel() for name in _in_float32(model))
+    layers: list[Any] = [model.get_submodule(name) for name in _in_float32(model)]
+    n_kept = sum(layer.weight.numel() for layer in layers)
     return n_kept > UNQUANTIZED_SHARE * sum(p.numel() for p in model.parameters())
 
 
@@ -82,7 +83,7 @@ class FourBitConfig(BitsAndBytesConfig):
 
     def __init__(self, stored: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(load_in_4bit=True, **kwargs)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.stored = stored
 
 
@@ -123,7 +124,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         return conversions
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Any, **kwargs: Any
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         if _float32_is_large(model):  # T5 looks at the dtype of the weight, packed or not
@@ -140,7 +141,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
 class PackMatrices(Bnb4bitQuantize):
     """Pack the weight of a linear layer, or the matrices of a layer's experts."""
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         full_layer_name: str | None = None,

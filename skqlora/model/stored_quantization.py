@@ -59,7 +59,7 @@ def check_stored_quantization(
 
 def is_bitsandbytes(stored: Mapping[str, Any] | None) -> bool:
     """Return whether a checkpoint has 4 bits by bitsandbytes, and is read as it is."""
-    return bool(stored) and bool(stored.get("load_in_4bit"))
+    return bool((stored or {}).get("load_in_4bit"))
 
 
 def _is_nested(stored: Mapping[str, Any]) -> bool:

@@ -28,7 +28,6 @@ from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState, Fitted, Footprint
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
-from skqlora.model.configuration import read_config
 from skqlora.model.lora import has_conv1d
 from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel, check_base
@@ -161,7 +160,14 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     spec = _checked_base(parameters, adapter).spec
     _warn_of_what_is_not_kept(adapter.text_settings, kept=("head",))
     model, revision = parameters.model, spec.revision
-    stock, base, head_name = _stock_skeleton(read_config(model, revision), adapter.pooling)
+    architecture = spec.architecture()
+    if not architecture.whole:
+        raise ValueError(
+            f"model={model!r} holds more than the text model {architecture.model_type} that was "
+            "adapted, and PEFT would put the adapter on all of it. Wanted: a checkpoint of the "
+            "text model alone. `merge` writes one, with the adapter in it; `save` writes any."
+        )
+    stock, base, head_name = _stock_skeleton(architecture.config, adapter.pooling)
     write_adapter(
         folder,
         adapter.lora,
@@ -306,9 +312,9 @@ def read_peft_weights(
         )
     pooling = next(pooling for pooling, head in HEADS.items() if head == head_name)
     spec = BackboneSpec.of(parameters)
-    base_config = read_config(spec.model, spec.revision)
+    architecture = spec.architecture(progress_bars=bool(parameters.verbose))
     try:
-        _, base, _ = _stock_skeleton(base_config, pooling)
+        _, base, _ = _stock_skeleton(architecture.config, pooling)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)!r} has a head named {head_name!r}, which model={spec.model!r} has "
@@ -326,7 +332,6 @@ def read_peft_weights(
                 f"{os.fspath(path)!r} holds {name!r}, which is neither LoRA on {base!r} nor a "
                 f"linear layer {head_name!r}. Wanted: an adapter of these alone."
             )
-    architecture = spec.architecture(progress_bars=bool(parameters.verbose))
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     backbone = get_backbone(spec, verbose=bool(parameters.verbose))
     lora = LoraSettings(

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from skqlora._utils.libraries import muted
 from skqlora.model.backbone import Backbone
@@ -73,39 +77,50 @@ def head_of_class_names(
 def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
     """Read the float32 output embeddings of some tokens, of shape (n_tokens, width)."""
     spec = backbone.spec
-    name = _output_name(spec)
-    if name is None:
-        table: torch.Tensor = backbone.module.get_input_embeddings().weight  # type: ignore[assignment]
-        return table[torch.tensor(tokens, device=table.device)].float().cpu().numpy()
-    for path in weight_files(spec.model, spec.revision):
+    name, tied = _output_name(spec)
+    alone = spec.architecture().whole
+    for path in () if tied and alone else weight_files(spec.model, spec.revision):
         with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118
-                table = file.get_slice(name)
+            # A text tower's may have a prefix, such as "language_model.".
+            found = [key for key in file.keys() if f".{key}".endswith(f".{name}")]  # noqa: SIM118
+            if found:
+                table = file.get_slice(found[0])
                 rows = [table[token : token + 1] for token in tokens]
                 return torch.cat(rows).float().numpy()
-    raise ValueError(
-        f"model={spec.model!r} has no {name} in its files. Wanted: the checkpoint of a whole "
-        "causal language model, or another init_head_weights than 'class_names'."
-    )
+    if not tied:
+        raise ValueError(
+            f"model={spec.model!r} has no {name} in its files. Wanted: the checkpoint of a whole "
+            "causal language model, or another init_head_weights than 'class_names'."
+        )
+    inputs: torch.Tensor = backbone.module.get_input_embeddings().weight  # type: ignore[assignment]
+    return inputs[torch.tensor(tokens, device=inputs.device)].float().cpu().numpy()
 
 
-def _output_name(spec: BackboneSpec) -> str | None:
-    """Return the parameter name of the output embeddings, or None if they are the input's."""
-    config = read_config(spec.model, spec.revision)
+def _output_name(spec: BackboneSpec) -> tuple[str, bool]:
+    """Return the parameter name of the output embeddings, and whether they may be the input's.
+
+    A checkpoint of more than text can say of the text model or of the whole that they are, so that
+    only its tensors tell.
+    """
+    text, whole = spec.architecture().config, read_config(spec.model, spec.revision)
     try:
         with torch.device("meta"), muted():
-            causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+                causal = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+            else:  # a text tower that predicts tokens only as a part of the whole
+                causal = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
-            f"model={spec.model!r} ({config.model_type}) predicts no tokens. Wanted: a causal "
+            f"model={spec.model!r} ({text.model_type}) predicts no tokens. Wanted: a causal "
             "language model, or another init_head_weights than 'class_names'."
         ) from error
     output: nn.Module | None = causal.get_output_embeddings()
     if output is None:
         raise ValueError(
-            f"model={spec.model!r} ({config.model_type}) has no output embeddings. Wanted: another "
+            f"model={spec.model!r} ({text.model_type}) has no output embeddings. Wanted: another "
             "init_head_weights than 'class_names'."
         )
-    if output.weight is causal.get_input_embeddings().weight:
-        return None
-    return next(name for name, p in causal.named_parameters() if p is output.weight)
+    name = next(name for name, module in causal.named_modules() if module is output)
+    tied = output.weight is causal.get_input_embeddings().weight
+    of_whole = bool(getattr(whole, "tie_word_embeddings", False))
+    return f"{name}.weight", tied or (of_whole and not spec.architecture().whole)

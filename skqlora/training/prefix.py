@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from skqlora.model.backbone import PADDING_TOLERANCE, Backbone
+from skqlora.model.backbone import TOLERANCE, Backbone
 from skqlora.model.blocks import replaced_forwards, transformer_blocks
 from skqlora.model.device import is_out_of_memory
 from skqlora.model.text_classifier import TextClassifierModel
@@ -146,9 +146,7 @@ def _logits(model: TextClassifierModel, tokens: TokenizedTexts, rows: np.ndarray
 def _agree(
     found: torch.Tensor, expected: torch.Tensor, backbone: Backbone, dtype: torch.dtype | None
 ) -> bool:
-    coarsest = max(
-        PADDING_TOLERANCE[dtype or torch.float32], PADDING_TOLERANCE[backbone.spec.compute_dtype]
-    )
+    coarsest = max(TOLERANCE[dtype or torch.float32], TOLERANCE[backbone.spec.compute_dtype])
     return bool((found - expected).norm() <= coarsest * expected.norm())
 
 

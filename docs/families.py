@@ -1,0 +1,146 @@
+"""Write families.md: which families of transformers can be adapted, and why the others cannot.
+
+Each family is tried with its default configuration, on the meta device and so without weights::
+
+    python docs/families.py
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import transformers
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from skqlora.model.architecture import describe_architecture
+from skqlora.model.experts import has_experts
+
+PAGE = Path(__file__).parent / "families.md"
+FAMILIES = sorted(
+    {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+)
+TEXT, TOWER, ENCODER = "text", "tower", "encoder"
+HEAD = """\
+# Families of models
+
+These are the {total} families of transformers {version} that predict tokens, classify texts, or read
+texts and images. `skqlora` takes {accepted} of them. The list was made by `python docs/families.py`,
+which tries the default configuration of each family without weights. A checkpoint may differ from
+the default, and its first use shows whether it runs as a text model: if it does not, it is refused
+by name.
+
+"""
+TEXTS = """\
+## Text models
+
+{names}.
+
+"""
+TOWERS = """\
+## Text models within others
+
+A checkpoint of these families holds a text model together with towers for images or sound. Only the
+text model is read, with the family in parentheses.
+
+{names}.
+
+"""
+ENCODERS = """\
+## Encoders of encoder-decoders
+
+Only the encoder is read, and the mean over its tokens is classified.
+
+{names}.
+
+"""
+EXPERTS = """\
+## Mixtures of experts
+
+These of the families above keep most of their weights in experts, which are quantized to 4 bits too.
+
+{names}.
+
+"""
+REFUSED = """\
+## Refused
+
+| family | why |
+|---|---|
+{rows}
+"""
+
+
+def try_family(family):
+    """Return the kind of a family's default model, its text model's family, and whether it has experts.
+
+    Raises
+    ------
+    ValueError
+        If skqlora refuses the model.
+    """
+    try:
+        config = CONFIG_MAPPING[family]()
+    except Exception as error:  # some have no default that is valid
+        raise ValueError(
+            f" no default configuration in transformers: {_first_line(error)}. "
+        ) from error
+    architecture = describe_architecture(config, model=family, quantized=True)
+    text = architecture.model_type
+    if architecture.whole:
+        kind = TEXT
+    else:
+        kind = ENCODER if config.is_encoder_decoder else TOWER
+    return kind, text, has_experts(architecture.skeleton)
+
+
+def try_all():
+    """Return what `try_family` does for each family, and the reasons for those refused."""
+    accepted, refused = {}, {}
+    for family in FAMILIES:
+        try:
+            accepted[family] = try_family(family)
+        except ValueError as error:
+            refused[family] = _reason(error)
+    return accepted, refused
+
+
+def _reason(error):
+    """Return what a message says of the model, without its name and the remedy."""
+    what = re.sub(r"^model='[^']*' \([^)]*\) ", "", str(error).split(" Wanted: ")[0])
+    return _first_line(what.strip()).replace("|", r"\|").rstrip(".")
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def page_of(accepted, refused):
+    """Return the page as Markdown."""
+    names = defaultdict(list)
+    for family, (kind, text, experts) in accepted.items():
+        names[kind].append(f"{family} ({text})" if kind == TOWER else family)
+        if experts:
+            names["experts"].append(family)
+    rows = "\n".join(f"| {family} | {reason} |" for family, reason in refused.items())
+    count = {"total": len(FAMILIES), "accepted": len(accepted)}
+    return (
+        HEAD.format(version=transformers.__version__, **count)
+        + TEXTS.format(names=", ".join(names[TEXT]))
+        + TOWERS.format(names=", ".join(names[TOWER]))
+        + ENCODERS.format(names=", ".join(names[ENCODER]))
+        + EXPERTS.format(names=", ".join(names["experts"]))
+        + REFUSED.format(rows=rows)
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_of(*try_all()), encoding="utf-8")
