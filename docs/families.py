@@ -29,13 +29,14 @@ FAMILIES = sorted(
     }
 )
 TEXT, TOWER, ENCODER = "text", "tower", "encoder"
+UNBUILT = "cannot be built by transformers"
 HEAD = """\
 # Families of models
 
-These are the {total} families of transformers {version} that predict tokens, classify texts, or read
-texts and images. `skqlora` takes {accepted} of them. The list was made by `python docs/families.py`,
-which tries the default configuration of each family without weights. A checkpoint may differ from
-the default, and its first use shows whether it runs as a text model: if it does not, it is refused
+These are the {total} families of transformers {version} that predict tokens, classify texts, or
+read texts and images. `skqlora` takes {accepted} of them. `python docs/families.py` made the list:
+it tries the default configuration of each family, without weights. A checkpoint may differ from
+the default. Whether it runs as a text model shows when it is loaded; if it does not, it is refused
 by name.
 
 """
@@ -65,7 +66,7 @@ Only the encoder is read, and the mean over its tokens is classified.
 EXPERTS = """\
 ## Mixtures of experts
 
-These of the families above keep most of their weights in experts, which are quantized to 4 bits too.
+These families keep most of their weights in experts, which are quantized to 4 bits too.
 
 {names}.
 
@@ -75,12 +76,21 @@ REFUSED = """\
 
 | family | why |
 |---|---|
-{rows}
+{refused}
+
+## Not told by the default configuration
+
+transformers cannot build these from their default configurations, which lack what a checkpoint
+says. So a checkpoint of such a family may well be accepted.
+
+| family | why |
+|---|---|
+{unbuilt}
 """
 
 
 def try_family(family):
-    """Return the kind of a family's default model, its text model's family, and whether it has experts.
+    """Return a model's kind, the family of its text model, and whether it is a mixture of experts.
 
     Raises
     ------
@@ -94,12 +104,9 @@ def try_family(family):
             f" no default configuration in transformers: {_first_line(error)}. "
         ) from error
     architecture = describe_architecture(config, model=family, quantized=True)
-    text = architecture.model_type
-    if architecture.whole:
-        kind = TEXT
-    else:
-        kind = ENCODER if config.is_encoder_decoder else TOWER
-    return kind, text, has_experts(architecture.skeleton)
+    part = ENCODER if config.is_encoder_decoder else TOWER
+    kind = TEXT if architecture.whole else part
+    return kind, architecture.model_type, has_experts(architecture.skeleton)
 
 
 def try_all():
@@ -130,7 +137,9 @@ def page_of(accepted, refused):
         names[kind].append(f"{family} ({text})" if kind == TOWER else family)
         if experts:
             names["experts"].append(family)
-    rows = "\n".join(f"| {family} | {reason} |" for family, reason in refused.items())
+    rows = {True: [], False: []}
+    for family, reason in refused.items():
+        rows[reason.startswith(UNBUILT)].append(f"| {family} | {reason} |")
     count = {"total": len(FAMILIES), "accepted": len(accepted)}
     return (
         HEAD.format(version=transformers.__version__, **count)
@@ -138,7 +147,7 @@ def page_of(accepted, refused):
         + TOWERS.format(names=", ".join(names[TOWER]))
         + ENCODERS.format(names=", ".join(names[ENCODER]))
         + EXPERTS.format(names=", ".join(names["experts"]))
-        + REFUSED.format(rows=rows)
+        + REFUSED.format(refused="\n".join(rows[False]), unbuilt="\n".join(rows[True]))
     )
 
 

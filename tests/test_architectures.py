@@ -49,15 +49,10 @@ def save_config(folder, model_type, **settings):
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 REFUSED = {
-    "t5": ({"d_model": 64, "num_layers": 2}, "is an encoder-decoder"),
-    "bart": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder"),
+    "bart": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder, of whose encoder"),
+    "whisper": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder, of whose encoder"),
     "vit": (SMALL, "does not read text"),
-    "whisper": ({"d_model": 64, "encoder_layers": 2}, "is an encoder-decoder"),
     "wav2vec2": (SMALL, "does not read text"),
-    "clip": ({}, "takes more than text"),
-    "llava": ({}, "takes more than text"),
-    "mixtral": (SMALL | {"num_local_experts": 4}, r"of its weights in MixtralExperts"),
-    "qwen3_moe": (SMALL | {"num_experts": 4}, r"of its weights in Qwen3MoeExperts"),
     "falcon": (SMALL, "of its weights in FalconLinear"),
     "xlnet": (
         {"d_model": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100},
@@ -74,6 +69,15 @@ REFUSED = {
         "of its weights in DbrxExpertGLU",
     ),
     "canine": (SMALL, "does not read text"),
+    "musicgen": (
+        {
+            "text_encoder": {"model_type": "t5"},
+            "audio_encoder": {"model_type": "encodec"},
+            "decoder": {},
+        },
+        "cannot be built by transformers: Multiple valid text configs",
+    ),
+    "lfm2_moe": ({}, "cannot be built by transformers: "),
 }
 
 
@@ -98,17 +102,29 @@ def test_model_that_runs_wrongly_is_refused_by_name(tmp_path, model_type, messag
         make_backbone(folder)
 
 
-def test_quantized_checkpoint_is_refused(tmp_path):
-    folder = save_config(
-        tmp_path, "llama", **SMALL, quantization_config={"quant_method": "gptq", "bits": 4}
-    )
-    with pytest.raises(ValueError, match=r"is already quantized.* Take its 16-bit checkpoint"):
-        check_architecture(folder, None, quantized=True)
-
-
 def test_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"folder without a config\.json"):
         check_architecture(str(tmp_path), None, quantized=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", r"only an adapter of PEFT\. Call `QLoRAClassifier\.from_peft"),
+        ("skqlora.json", r"that `save` wrote\. Call `QLoRAClassifier\.load"),
+        ("model.Q4_K_M.gguf", r"only a GGUF file, .* Pass the model in safetensors format"),
+    ],
+)
+def test_folder_of_something_else_says_what_it_is(tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        make_classifier(str(tmp_path)).fit(["a", "b"], [0, 1])
+
+
+def test_file_as_a_model_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_text("GGUF")
+    with pytest.raises(ValueError, match=r"is a file\. Wanted: the folder of a model"):
+        make_classifier(str(tmp_path / "model.gguf")).fit(["a", "b"], [0, 1])
 
 
 def test_folder_with_a_broken_configuration_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from skqlora._utils.caches import registered_lru_cache
 from skqlora.model.configuration import read_config
 from skqlora.model.experts import expert_matrices
 from skqlora.model.quantizer import UNQUANTIZED_SHARE
-from skqlora.model.text_part import build_text_part
+from skqlora.model.text_part import NoTextPartError, build_text_part
 
 # The kinds of rotary embeddings whose angles depend on the longest row of the batch, once that row
 # is longer than the model was trained on. A text's result would then depend on its neighbours.
@@ -138,12 +138,11 @@ def describe_architecture(
     try:
         stored_quantization = _take_quantization(config)
         part = build_text_part(config, attn_implementation)
+    except NoTextPartError as error:
+        raise refusal(str(error), "Take another one.") from error
     except Exception as error:  # a configuration may be wrong in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kind = "is an encoder-decoder and " if config.is_encoder_decoder else ""
-        raise refusal(
-            f"{kind}cannot be built by transformers: {reason}", "Take another one."
-        ) from error
+        raise refusal(f"cannot be built by transformers: {reason}", "Take another one.") from error
     if not _reads_text(part.skeleton):
         raise refusal("does not read text", "Take another one.")
     embeddings: Any = part.skeleton.get_input_embeddings()

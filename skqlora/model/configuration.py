@@ -30,6 +30,11 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
             f"model={model!r} is {_other_folder(Path(model))}. Wanted: a folder that "
             "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
         )
+    if Path(model).is_file():
+        raise ValueError(
+            f"model={model!r} is a file. Wanted: the folder of a model in safetensors format, with "
+            "its config.json and its tokenizer, or a model id of the Hugging Face Hub."
+        )
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise ValueError(
             f"model={model!r} is a folder that does not exist. Wanted: a folder that "

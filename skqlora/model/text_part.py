@@ -21,6 +21,10 @@ from transformers import (
 )
 
 
+class NoTextPartError(ValueError):
+    """transformers has no model of the part of a model that reads text."""
+
+
 @dataclass(frozen=True)
 class TextPart:
     """The text model of a checkpoint.
@@ -56,8 +60,8 @@ def build_text_part(config: PreTrainedConfig, attn_implementation: str | None = 
 
     Raises
     ------
-    ValueError
-        If an encoder-decoder's encoder is not a model of its own in transformers.
+    NoTextPartError
+        If transformers has no model of the part alone.
     Exception
         Whatever transformers raises if it cannot build the model.
     """
@@ -77,7 +81,7 @@ def build_text_part(config: PreTrainedConfig, attn_implementation: str | None = 
 
 def _encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        raise ValueError("its encoder is not a model of its own there")
+        raise NoTextPartError("is an encoder-decoder, of whose encoder transformers has no model")
     config = copy.deepcopy(config)
     config.is_encoder_decoder = False
     return config
@@ -86,6 +90,6 @@ def _encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find the class of a text decoder that only the whole model knows, as that of Ernie 4.5 VL."""
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError("its text model is not a model of its own there")
+        raise NoTextPartError("holds a text model of which transformers has no class")
     whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     return type(whole.get_decoder())
