@@ -37,7 +37,8 @@ suppress_warnings = ["ref.ref"]  # scikit-learn's docstrings that we inherit ref
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
-    # Scripts for clusters and several processes are shown and not run; the tests run them.
+    # Scripts for clusters and several processes, and one that needs a model of the Hub, are shown
+    # and not run; the tests run them.
     "filename_pattern": r"/(01|05|06|07|08|09|10|11)_",
     "ignore_pattern": r"(demo\.py|benchmarks|serving)",
     "within_subsection_order": "FileNameSortKey",

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from skqlora.model.architecture import describe_architecture
-from skqlora.model.experts import has_experts
+from skqlora.checkpoint.architecture import describe_architecture
+from skqlora.checkpoint.experts import has_experts
 
 PAGE = Path(__file__).parent / "families.md"
 FAMILIES = sorted(

@@ -107,7 +107,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     learning_rate : float or "auto", default="auto"
         The peak learning rate of LoRA. "auto" depends on the width of the model: see Notes.
     head_learning_rate : float or "auto", default="auto"
-        The peak learning rate of the head. "auto" is ten times that of LoRA.
+        The peak learning rate of the head. "auto" is ten times LoRA's; with "class_names" LoRA's.
     weight_decay : float, default=0.0
         The weight decay: an update subtracts this share of each weight, times the learning rate.
     warmup_steps : int or float, default=0.1

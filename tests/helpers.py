@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 
 from skqlora import QLoRAClassifier
+from skqlora.checkpoint.spec import BackboneSpec, describe_files
 from skqlora.model.cache import get_backbone
-from skqlora.model.spec import BackboneSpec, describe_files
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import read_parameters

@@ -7,7 +7,7 @@ import torch
 import transformers
 from helpers import make_backbone, make_classifier
 
-from skqlora.model.architecture import check_architecture
+from skqlora.checkpoint.architecture import check_architecture
 
 
 @pytest.mark.parametrize("model_type", [*tiny.DECODERS, *tiny.ENCODERS])

@@ -8,8 +8,8 @@ import torch
 from helpers import make_backbone
 from safetensors.torch import load_file, save_file
 
-from skqlora.model.device import resolve_compute_dtype, resolve_device
-from skqlora.model.fingerprint import fingerprint_source
+from skqlora.checkpoint.device import resolve_compute_dtype, resolve_device
+from skqlora.checkpoint.fingerprint import fingerprint_source
 
 
 def test_base_is_frozen_and_in_evaluation_mode(backbone):

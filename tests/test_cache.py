@@ -14,7 +14,7 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 
 import skqlora
 from skqlora import backbone_cache_info, clear_backbone_cache
-from skqlora.model.fingerprint import fingerprint_source
+from skqlora.checkpoint.fingerprint import fingerprint_source
 from skqlora.model.replicas import AdaptedReplica
 
 
@@ -214,7 +214,7 @@ def test_changed_folder_is_loaded_again(encoder, tiny_model, tmp_path, monkeypat
 
 
 def test_folder_that_changes_while_it_is_read_is_refused(encoder, tmp_path, monkeypatch):
-    from skqlora.model import fingerprint
+    from skqlora.checkpoint import fingerprint
 
     folder = copytree(encoder, tmp_path / "model")
     read = fingerprint._tensor_digest

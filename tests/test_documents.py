@@ -13,8 +13,9 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 import pytest
+import tiny
 from helpers import make_classifier
-from transformers import AutoTokenizer, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from skqlora import LossCurveDisplay, QLoRAClassifier, estimate_memory
 
@@ -25,6 +26,16 @@ PAGES = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDE)
     if "```python" in path.read_text() and path.name != "scaling.md"
 ]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A tiny Llama that predicts tokens, as those of the Hub do."""
+    folder = tmp_path_factory.mktemp("causal")
+    config = AutoConfig.for_model("llama", **tiny.LLAMA | tiny.TOKENS | {"vocab_size": 408})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny.make_tokenizer("decoder").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -17,6 +17,8 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -115,6 +117,25 @@ def test_gallery(name, printed):
         env=os.environ | {"SKQLORA_EXAMPLES_QUICK": "1", "MPLBACKEND": "Agg"},
     )
     assert printed in result.stdout
+
+
+@pytest.mark.slow
+def test_language_model(tmp_path):
+    config = AutoConfig.for_model("llama", **tiny.LLAMA | tiny.TOKENS | {"vocab_size": 408})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.make_tokenizer("decoder").save_pretrained(tmp_path)
+    example = [sys.executable, EXAMPLES / "12_language_model.py", "--model"]
+    environment = os.environ | {"SKQLORA_EXAMPLES_QUICK": "1"}
+    result = subprocess.run(
+        [*example, tmp_path], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "48 training texts, 36 test texts, 12 areas" in result.stdout
+    assert "... that guesses   accuracy 0." in result.stdout
+    offline = subprocess.run(
+        [*example, "me/other"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert offline.returncode == 1
+    assert offline.stderr.splitlines()[-1] == "Without a network: --model FOLDER"
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_memory import estimate, peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import skqlora.model.quantizer
+import skqlora.checkpoint.quantizer
 from skqlora import estimate_memory
+from skqlora.checkpoint.experts import PackedExperts, expert_matrices, find_routers
+from skqlora.checkpoint.modules import replicate
 from skqlora.model.backbone import _count_bytes
-from skqlora.model.experts import PackedExperts, expert_matrices, find_routers
-from skqlora.model.modules import replicate
 from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.persistence.merging import _dequantized
 from skqlora.training.recompute import checkpointed_blocks
@@ -154,14 +154,14 @@ def test_loading_holds_one_stack_of_experts_at_a_time(tmp_path):
     config = AutoConfig.for_model("mixtral", **tiny.MIXTURES["mixtral"] | {"vocab_size": 400})
     config.num_hidden_layers = 6
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    quantize, stacks, alive = skqlora.model.quantizer.quantize_matrices, [], []
+    quantize, stacks, alive = skqlora.checkpoint.quantizer.quantize_matrices, [], []
 
     def watch(matrices, *args):
         stacks.append(weakref.ref(matrices))
         alive.append(sum(stack() is not None for stack in stacks))
         return quantize(matrices, *args)
 
-    with patch("skqlora.model.quantizer.quantize_matrices", watch):
+    with patch("skqlora.checkpoint.quantizer.quantize_matrices", watch):
         make_backbone(str(tmp_path))
     assert alive == [1] * 12  # two for each layer
 

@@ -25,8 +25,8 @@ from sklearn.model_selection import cross_val_score
 from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.prediction import predict_logits
-from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import read_parameters
 from skqlora.training.optimizer import PagedPool

@@ -28,6 +28,7 @@ ROOMS = [
     "persistence",
     "memory",
     "model",
+    "checkpoint",
     "adapter",
     "text",
     "settings",

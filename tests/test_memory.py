@@ -13,10 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import skqlora.memory.planning
 from skqlora import estimate_memory
+from skqlora.checkpoint.architecture import check_architecture
 from skqlora.memory.estimate import estimate_training
 from skqlora.memory.free import free_memory
 from skqlora.memory.planning import AUTO_SHARE, REFUSED_SHARE
-from skqlora.model.architecture import check_architecture
 from skqlora.model.backbone import _count_bytes
 from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
 from skqlora.model.row_dropout import RowsOfUpdate

@@ -49,6 +49,8 @@ def test_auto_is_the_number_of_epochs_and_nothing_else(encoder, corpus):
         ({}, 2.5e-4, 2.5e-3),
         ({"learning_rate": 1e-3}, 1e-3, 1e-2),
         ({"head_learning_rate": 1e-3}, 2.5e-4, 1e-3),
+        ({"init_head_weights": "probe"}, 2.5e-4, 2.5e-3),
+        ({"init_head_weights": "class_names"}, 2.5e-4, 2.5e-4),
     ],
 )
 def test_rates_that_are_left_open(params, rate, head_rate):

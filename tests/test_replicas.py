@@ -22,8 +22,8 @@ from helpers import (
 from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
+from skqlora.checkpoint.architecture import check_architecture
 from skqlora.model import replicas as replicas_module
-from skqlora.model.architecture import check_architecture
 from skqlora.model.flat import FlatParameters
 from skqlora.model.lora import peft_config, targeted_modules
 from skqlora.model.prediction import predict_logits

@@ -79,7 +79,7 @@ def test_family_takes_a_step(whole, corpus, model_type):
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen3_5_moe", "t5"])
 def test_nothing_but_the_text_model_is_read(whole, model_type):
     folder, _ = whole(model_type)
-    loading, fingerprint = transformers.core_model_loading, "skqlora.model.fingerprint"
+    loading, fingerprint = transformers.core_model_loading, "skqlora.checkpoint.fingerprint"
     read = []
 
     def materialize(tensor, *args):

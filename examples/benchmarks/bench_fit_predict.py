@@ -162,7 +162,7 @@ def run_peer(model, work, table, seed):
     from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding, Trainer
 
     from skqlora import QLoRAClassifier
-    from skqlora.model.spec import BackboneSpec
+    from skqlora.checkpoint.spec import BackboneSpec
     from skqlora.settings.parameters import read_parameters
     from skqlora.settings.recipe import auto_learning_rate
 

@@ -170,10 +170,10 @@ def run_ours(size, options, device):
     import numpy as np
 
     from skqlora import QLoRAClassifier
+    from skqlora.checkpoint.spec import BackboneSpec
     from skqlora.memory.estimate import estimate_training
     from skqlora.model.backbone import Backbone, freeze
     from skqlora.model.replicas import ReplicaPool
-    from skqlora.model.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
     from skqlora.settings.adapter_settings import LoraSettings
     from skqlora.settings.parameters import read_parameters

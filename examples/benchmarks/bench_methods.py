@@ -137,7 +137,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         from transformers import get_scheduler
 
         from skqlora import QLoRAClassifier
-        from skqlora.model.spec import BackboneSpec
+        from skqlora.checkpoint.spec import BackboneSpec
         from skqlora.settings.parameters import read_parameters
         from skqlora.settings.recipe import (
             HEAD_RATE_FACTOR,

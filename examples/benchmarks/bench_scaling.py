@@ -173,7 +173,7 @@ def print_utilisation(model, base, lengths, repeats):
 
 def linear_weights(model):
     """Shapes (n_out, n_in) of the weights that are quantized."""
-    from skqlora.model.architecture import check_architecture
+    from skqlora.checkpoint.architecture import check_architecture
 
     skeleton = check_architecture(str(model), None, quantized=True).skeleton
     names = dict(skeleton.named_modules())

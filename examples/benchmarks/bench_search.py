@@ -200,8 +200,8 @@ def clear_replicas(clf):
 
 
 def backbone_of(clf):
+    from skqlora.checkpoint.spec import BackboneSpec
     from skqlora.model.cache import get_backbone
-    from skqlora.model.spec import BackboneSpec
     from skqlora.settings.parameters import read_parameters
 
     return get_backbone(BackboneSpec.of(read_parameters(clf)))
@@ -212,7 +212,7 @@ def backbone_of(clf):
 
 def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
-    from skqlora.model.spec import BackboneSpec
+    from skqlora.checkpoint.spec import BackboneSpec
     from skqlora.model.text_classifier import TextClassifierModel
     from skqlora.settings.parameters import read_parameters
     from skqlora.text.tokenization import load_tokenizer

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora.checkpoint.experts import expert_matrices
+from skqlora.checkpoint.quantizer import unquantized_layers
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.tracing import Precision, trace_training
-from skqlora.model.experts import expert_matrices
 from skqlora.model.flat import PAGED_MIN_ELEMENTS
-from skqlora.model.quantizer import unquantized_layers
-from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 
 # In bitsandbytes 64 weights share a constant, and 256 constants share a second one.

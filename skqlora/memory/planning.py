@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.estimate import MemoryEstimate, estimate_training
 from skqlora.model.lora import resolve_lora
-from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_max_length

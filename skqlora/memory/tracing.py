@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
+from skqlora.checkpoint.experts import expert_matrices
+from skqlora.checkpoint.modules import drop_pooler
 from skqlora.model.blocks import transformer_blocks
-from skqlora.model.experts import expert_matrices
 from skqlora.model.flat import ALIGNMENT
 from skqlora.model.lora import ADAPTER, inject_lora
-from skqlora.model.modules import drop_pooler
 from skqlora.settings.adapter_settings import LoraSettings
 
 # The names of the functions that autocast computes in the lower precision and in float32, as far as

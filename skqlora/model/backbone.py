@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from skqlora.adapter import AdapterState, Footprint
-from skqlora.model.experts import has_experts
-from skqlora.model.loading import load_base
-from skqlora.model.modules import drop_pooler, replicate
+from skqlora.checkpoint.experts import has_experts
+from skqlora.checkpoint.loading import load_base
+from skqlora.checkpoint.modules import drop_pooler, replicate
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
-from skqlora.model.spec import BackboneSpec
 from skqlora.settings.adapter_settings import LoraSettings
 
 # The relative difference of hidden states that rounding alone explains, by compute dtype.

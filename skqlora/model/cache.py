@@ -18,8 +18,8 @@ from skqlora._utils.libraries import library_lock, muted
 if TYPE_CHECKING:
     import torch
 
+    from skqlora.checkpoint.spec import BackboneSpec
     from skqlora.model.backbone import Backbone
-    from skqlora.model.spec import BackboneSpec
 
 LIMIT_VARIABLE = "SKQLORA_BACKBONE_CACHE_BYTES"
 

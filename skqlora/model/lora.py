@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import library_lock, muted
+from skqlora.checkpoint.experts import find_routers, has_experts
+from skqlora.checkpoint.modules import NoRandomInit, replicate
 from skqlora.model.blocks import modules_in_layers
-from skqlora.model.experts import find_routers, has_experts
 from skqlora.model.lora_layer import FusedLinear4bit
-from skqlora.model.modules import NoRandomInit, replicate
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import Parameters
 

@@ -7,8 +7,8 @@ import torch
 
 from skqlora._utils.processes import check_not_forked
 from skqlora.adapter import AdapterState
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.cache import get_backbone
-from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel, check_base
 from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts, prediction_batches

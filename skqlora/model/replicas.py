@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from skqlora.adapter import AdapterState, check_shapes
+from skqlora.checkpoint.modules import drop_pooler, replicate
 from skqlora.model.flat import FlatParameters
 from skqlora.model.lora import ADAPTER, inject_lora
-from skqlora.model.modules import drop_pooler, replicate
 from skqlora.settings.adapter_settings import LoraSettings
 
 MAX_FREE_REPLICAS = 8

@@ -26,10 +26,10 @@ from transformers.utils import cached_file
 
 from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState, Fitted, Footprint
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
 from skqlora.model.lora import has_conv1d
-from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel, check_base
 from skqlora.persistence.merging import HEADS, classification_config, merge, stock_model
 from skqlora.persistence.peft_format import (

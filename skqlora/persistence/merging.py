@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.libraries import library_lock
 from skqlora.adapter import AdapterState, check_shapes
+from skqlora.checkpoint.modules import NoRandomInit
 from skqlora.model.backbone import Backbone
 from skqlora.model.lora import ADAPTER, peft_config, shown_to_peft
-from skqlora.model.modules import NoRandomInit
 from skqlora.persistence.peft_format import adapted_modules
 
 HEADS = {"last": "score", "pooler": "classifier"}  # the head's name in Transformers, by pooling

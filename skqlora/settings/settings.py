@@ -8,8 +8,8 @@ from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.recipe import (
     AUTO_MAX_LENGTH,
-    HEAD_RATE_FACTOR,
     auto_epochs,
+    auto_head_learning_rate,
     auto_learning_rate,
 )
 
@@ -155,7 +155,7 @@ def resolve_settings(
     if isinstance(rate, str):
         rate = auto_learning_rate(model_type, hidden_size)
     if isinstance(head_rate, str):
-        head_rate = HEAD_RATE_FACTOR * rate
+        head_rate = auto_head_learning_rate(rate, parameters.init_head_weights)
     chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
     if incremental:  # which is no choice by "auto"
         chosen = tuple(name for name in chosen if name != "num_train_epochs")

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from skqlora._utils.libraries import muted
+from skqlora.checkpoint.configuration import read_config
+from skqlora.checkpoint.spec import BackboneSpec
+from skqlora.checkpoint.text_weights import weight_files
 from skqlora.model.backbone import Backbone
-from skqlora.model.checkpoint import weight_files
-from skqlora.model.configuration import read_config
-from skqlora.model.spec import BackboneSpec
 from skqlora.text.tokenization import CachingTokenizer
 
 

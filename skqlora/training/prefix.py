@@ -14,9 +14,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from skqlora.checkpoint.device import is_out_of_memory
 from skqlora.model.backbone import TOLERANCE, Backbone
 from skqlora.model.blocks import replaced_forwards, transformer_blocks
-from skqlora.model.device import is_out_of_memory
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.training import state_store

@@ -13,12 +13,12 @@ import torch
 
 from skqlora._utils.processes import check_not_forked
 from skqlora.adapter import AdapterState, Footprint, OptimizerState
+from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.free import free_memory
 from skqlora.memory.planning import PlannedFit, choose_checkpointing, fits
 from skqlora.memory.tracing import UntraceableError
 from skqlora.model.cache import count_bytes_of, drop_other_backbones, get_backbone
 from skqlora.model.lora import resolve_lora
-from skqlora.model.spec import BackboneSpec
 from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
+from skqlora.checkpoint.device import is_out_of_memory
 from skqlora.memory.planning import largest_pass
-from skqlora.model.device import is_out_of_memory
 from skqlora.model.flat import FlatParameters
 from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.model.text_classifier import TextClassifierModel

@@ -21,7 +21,7 @@ from transformers.quantizers import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from skqlora.model.experts import (
+from skqlora.checkpoint.experts import (
     expert_matrices,
     find_routers,
     quantize_matrices,

@@ -8,10 +8,10 @@ import torch
 
 from skqlora._utils.libraries import muted
 from skqlora.adapter import AdapterState
-from skqlora.model.architecture import Architecture, check_architecture
-from skqlora.model.configuration import pin_revision
-from skqlora.model.device import may_spread, resolve_compute_dtype, resolve_device
-from skqlora.model.stored_quantization import check_stored_quantization
+from skqlora.checkpoint.architecture import Architecture, check_architecture
+from skqlora.checkpoint.configuration import pin_revision
+from skqlora.checkpoint.device import may_spread, resolve_compute_dtype, resolve_device
+from skqlora.checkpoint.stored_quantization import check_stored_quantization
 from skqlora.settings.parameters import Parameters
 
 

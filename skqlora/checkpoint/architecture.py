@@ -9,10 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
-from skqlora.model.configuration import read_config
-from skqlora.model.experts import expert_matrices
-from skqlora.model.quantizer import UNQUANTIZED_SHARE
-from skqlora.model.text_part import NoTextPartError, build_text_part
+from skqlora.checkpoint.configuration import read_config
+from skqlora.checkpoint.experts import expert_matrices
+from skqlora.checkpoint.quantizer import UNQUANTIZED_SHARE
+from skqlora.checkpoint.text_part import NoTextPartError, build_text_part
 
 # The kinds of rotary embeddings whose angles depend on the longest row of the batch, once that row
 # is longer than the model was trained on. A text's result would then depend on its neighbours.

@@ -7,14 +7,14 @@ import torch
 from bitsandbytes.nn import Params4bit
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from skqlora.model.architecture import Architecture
-from skqlora.model.checkpoint import TextWeights, tensor_names, weight_files
-from skqlora.model.configuration import read_config
-from skqlora.model.fingerprint import fingerprint_source
-from skqlora.model.modules import NoRandomInit, drop_pooler
-from skqlora.model.quantizer import FourBitConfig
-from skqlora.model.spec import BackboneSpec, describe_files
-from skqlora.model.stored_quantization import check_packed_weights, is_bitsandbytes
+from skqlora.checkpoint.architecture import Architecture
+from skqlora.checkpoint.configuration import read_config
+from skqlora.checkpoint.fingerprint import fingerprint_source
+from skqlora.checkpoint.modules import NoRandomInit, drop_pooler
+from skqlora.checkpoint.quantizer import FourBitConfig
+from skqlora.checkpoint.spec import BackboneSpec, describe_files
+from skqlora.checkpoint.stored_quantization import check_packed_weights, is_bitsandbytes
+from skqlora.checkpoint.text_weights import TextWeights, tensor_names, weight_files
 
 # The share of a GPU's free memory for the weights. The rest is for activations and adapters.
 SHARE_OF_WEIGHTS = 0.7

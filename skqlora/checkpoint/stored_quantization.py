@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from skqlora.model.quantizer import dequantizer
+from skqlora.checkpoint.quantizer import dequantizer
 
 BLOCK = 64  # weights that share a quantization constant
 
