@@ -203,13 +203,15 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         return [p.detach().cpu().numpy() for p in (*parameters, *self.head_.parameters())]
 
     def _load(self, n_classes):
-        from transformers import AutoModel
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModel
 
         self.device_ = "cuda" if torch.cuda.is_available() else "cpu"
         self.encoder_ = AutoModel.from_pretrained(self.model, dtype=torch.float32)
         self.encoder_.to(self.device_).eval()
         if hasattr(self.encoder_, "pooler"):
             self.encoder_.pooler = None  # unused under mean pooling
+        masked = type(self.encoder_.config) in MODEL_FOR_MASKED_LM_MAPPING
+        self.pooling_ = "mean" if masked else "last"  # of an encoder; of a decoder
         self.head_ = torch.nn.Linear(self.encoder_.config.hidden_size, n_classes).to(self.device_)
         torch.nn.init.normal_(self.head_.weight, std=0.02)
         torch.nn.init.zeros_(self.head_.bias)
@@ -235,10 +237,12 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         )[0]
 
     def _logits(self, input_ids, mask):
+        from skqlora.model.text_classifier import pool
+
         input_ids, mask = input_ids.to(self.device_), mask.to(self.device_)
         with torch.autocast(self.device_, self.dtype_, enabled=self.dtype_ != torch.float32):
             hidden = self.encoder_(input_ids=input_ids, attention_mask=mask)[0].float()
-        return self.head_((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        return self.head_(pool(hidden, mask, self.pooling_))
 
     def _loss(self, tokens, rows, targets):
         logits = self._logits(*tokens.batch(rows))

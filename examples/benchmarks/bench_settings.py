@@ -27,6 +27,7 @@ from tasks import (
     resolve_model,
     run_missing,
     score,
+    with_label_words,
 )
 
 from skqlora.settings.recipe import HEAD_RATE_FACTOR, auto_learning_rate
@@ -74,6 +75,7 @@ def main():
     settings = SWEEPS[options.sweep] if options.settings is None else options.settings
     keys = [
         {"task": task, "seed": seed, "settings": setting, "held_out": options.held_out}
+        | ({"label_words": True} if options.label_words else {})
         | common_key(options)
         for seed in options.seeds
         for task in options.tasks
@@ -97,6 +99,9 @@ def parse_arguments():
     parser.add_argument(
         "--held-out", action="store_true", help="score on training texts that are not trained on"
     )
+    parser.add_argument(
+        "--label-words", action="store_true", help="write abbreviated labels out, for class names"
+    )
     return parser.parse_args()
 
 
@@ -106,6 +111,8 @@ def fit_and_score(model, data, key):
 
     load = held_out if key["held_out"] else load_table
     table = load(key["task"], data, key["seed"], key["test_rows"])
+    if key.get("label_words"):
+        table = with_label_words(key["task"], table)
     clf = QLoRAClassifier(model, random_state=key["seed"], **key["settings"])
     start = time.perf_counter()
     clf.fit(table.texts, table.y)

@@ -48,6 +48,17 @@ TASKS = {
     "goemotions-2000": Task("goemotions", rows=2000),
     "goemotions": Task("goemotions"),
 }
+# What a language model can read of a table's abbreviated labels.
+LABEL_WORDS = {
+    "trec6": {
+        "ABBR": "abbreviation",
+        "DESC": "description",
+        "ENTY": "entity",
+        "HUM": "human",
+        "LOC": "location",
+        "NUM": "number",
+    }
+}
 # Table: the Hub's data set, its columns of texts and labels, its split for validation.
 ON_THE_HUB = {
     "trec6": ("SetFit/TREC-QC", "text", "label_coarse_original", None),
@@ -121,6 +132,16 @@ def held_out(name, data, seed, max_rows=None):
     return replace(
         table, test_texts=[everything.texts[row] for row in rows], test_y=everything.y[rows]
     )
+
+
+def with_label_words(name, table):
+    """Return the `Table` with words in the place of labels that are abbreviations."""
+    words = LABEL_WORDS[TASKS[name].table]
+
+    def written_out(labels):
+        return np.array([words[label] for label in labels])
+
+    return replace(table, y=written_out(table.y), test_y=written_out(table.test_y))
 
 
 def choose_rows(labels, task, rng):
