@@ -37,7 +37,8 @@ These are the {total} families of transformers {version} that predict tokens, cl
 read texts and images. `skqlora` takes {accepted} of them. `python docs/families.py` made the list:
 it tries the default configuration of each family, without weights. A checkpoint may differ from
 the default. Whether it runs as a text model shows when it is loaded; if it does not, it is refused
-by name.
+by name. The family of a model is the `model_type` in its config.json: that of Qwen3.5 is qwen3_5,
+and that of SmolLM2 is llama.
 
 """
 TEXTS = """\

@@ -46,6 +46,8 @@ train, test, y_train, y_test = train_test_split(
     random_state=0,
 )
 print(f"{len(train)} training texts, {len(test)} test texts, {n_areas} areas")
+if QUICK:
+    print("One epoch shows that the example runs, and is too little to compare the methods.")
 
 # %%
 # The head that starts as a guess is for a prompt at whose end the name of the class would follow.
@@ -58,7 +60,7 @@ classifiers = {
     ),
     "language model": QLoRAClassifier(options.model, **few),
     "... with a prompt": QLoRAClassifier(options.model, prompt=PROMPT, **few),
-    "... that guesses": QLoRAClassifier(
+    "... and class names": QLoRAClassifier(
         options.model, prompt=PROMPT, init_head_weights="class_names", **few
     ),
 }
@@ -71,4 +73,4 @@ for name, classifier in classifiers.items():
             raise
         raise SystemExit(f"{error}\nWithout a network: --model FOLDER") from None
     seconds = time.perf_counter() - start
-    print(f"{name:18} accuracy {classifier.score(test, y_test):.3f}  fit {seconds:6.1f} s")
+    print(f"{name:19} accuracy {classifier.score(test, y_test):.3f}  fit {seconds:6.1f} s")

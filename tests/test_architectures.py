@@ -112,7 +112,10 @@ def test_folder_without_a_configuration_is_refused(tmp_path):
     [
         ("adapter_config.json", r"only an adapter of PEFT\. Call `QLoRAClassifier\.from_peft"),
         ("skqlora.json", r"that `save` wrote\. Call `QLoRAClassifier\.load"),
-        ("model.Q4_K_M.gguf", r"only a GGUF file, .* Pass the model in safetensors format"),
+        (
+            "model.Q4_K_M.gguf",
+            r"only a GGUF file, which is not read\. Pass the model in safetensors",
+        ),
     ],
 )
 def test_folder_of_something_else_says_what_it_is(tmp_path, file, message):
@@ -123,7 +126,7 @@ def test_folder_of_something_else_says_what_it_is(tmp_path, file, message):
 
 def test_file_as_a_model_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_text("GGUF")
-    with pytest.raises(ValueError, match=r"is a file\. Wanted: the folder of a model"):
+    with pytest.raises(ValueError, match=r"is a GGUF file, which is not read\. Wanted: the folder"):
         make_classifier(str(tmp_path / "model.gguf")).fit(["a", "b"], [0, 1])
 
 
@@ -144,6 +147,12 @@ def test_offline_the_reason_is_that_of_what_is_in_the_cache(tmp_path, monkeypatc
         check_architecture("me/odd", None, quantized=True)
     with pytest.raises(ValueError, match=r"could not be read: It is not in the Hub's cache"):
         check_architecture("me/other", None, quantized=True)
+
+
+def test_address_of_the_hub_is_no_id():
+    address = "https://huggingface.co/Qwen/Qwen3-0.6B-Base"
+    with pytest.raises(ValueError, match=r"is a web address\. Pass 'Qwen/Qwen3-0\.6B-Base'"):
+        check_architecture(address, None, quantized=True)
 
 
 def test_folder_that_does_not_exist_is_refused():

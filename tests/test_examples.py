@@ -130,7 +130,7 @@ def test_language_model(tmp_path):
         [*example, tmp_path], capture_output=True, text=True, check=True, env=environment
     )
     assert "48 training texts, 36 test texts, 12 areas" in result.stdout
-    assert "... that guesses   accuracy 0." in result.stdout
+    assert "... and class names accuracy 0." in result.stdout
     offline = subprocess.run(
         [*example, "me/other"], capture_output=True, text=True, check=False, env=environment
     )

@@ -9,6 +9,7 @@ import tiny
 import torch
 from bitsandbytes.nn import Params4bit
 from helpers import LORA, digest_of_base, make_backbone, make_classifier, make_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_memory import estimate, peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -189,6 +190,41 @@ def test_merged_model_has_the_same_logits(tiny_model, corpus, tmp_path, model_ty
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     np.testing.assert_allclose(logits.numpy(), clf.decision_function(texts), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("model_type", tiny.MIXTURES)
+def test_peft_reads_the_adapter_alike_or_it_is_refused(tiny_model, corpus, tmp_path, model_type):
+    texts, labels = corpus
+    folder = tiny_model(model_type)
+    clf = make_classifier(folder, quantization=None, num_train_epochs=1).fit(texts, labels)
+    try:
+        clf.set_params(lora_dropout=0.0).to_peft(tmp_path)
+    except ValueError as error:
+        assert "PEFT would read" in str(error) or "no class of its own" in str(error)  # noqa: PT017
+        return
+    stock = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, dtype=torch.float32, pad_token_id=0
+    )
+    model = PeftModel.from_pretrained(stock, tmp_path).eval()
+    ids = clf.to_transformers()[1](texts[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    np.testing.assert_allclose(logits[0].numpy(), clf.decision_function(texts[:1])[0], atol=1e-4)
+
+
+def test_routers_are_not_taken_for_attention(tmp_path):
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        **tiny.TOWERS["gemma4"][0] | tiny.EXPERTS | tiny.TOKENS | {"vocab_size": 408},
+        enable_moe_block=True,
+        top_k_experts=2,
+    )
+    config.num_experts = config.num_key_value_heads * 16  # as wide as the keys
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config).model
+    assert find_routers(module)
+    assert not any("attn" in name for name in find_routers(module))
 
 
 def test_experts_have_no_adapter_even_if_they_are_named(tiny_model, corpus):

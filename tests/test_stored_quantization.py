@@ -10,6 +10,9 @@ from helpers import make_backbone, make_classifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config
 
+from skqlora import estimate_memory
+from skqlora.model.backbone import _count_bytes
+
 IDS = torch.arange(5, 17)[None]
 BLOCK = 16  # of the FP8 weights below
 
@@ -35,16 +38,18 @@ def save_tensors(folder, tensors):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_bitsandbytes(folder, **changes):
+FOUR_BITS = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
+
+
+def save_bitsandbytes(folder, family="llama", **changes):
     """Write a checkpoint as the many of the Hub whose names end with "-bnb-4bit"."""
-    save_causal(folder / "dense", "llama")
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    }
-    config = BitsAndBytesConfig(**settings | changes)
+    save_causal(folder / "dense", family)
+    config = BitsAndBytesConfig(**FOUR_BITS | changes)
     model = AutoModelForCausalLM.from_pretrained(
         folder / "dense", quantization_config=config, dtype=torch.bfloat16
     )
@@ -67,6 +72,41 @@ def test_bitsandbytes_checkpoint_is_read_as_it_is(tmp_path, corpus):
     clf.save(tmp_path / "saved")
     loaded = type(clf).load(tmp_path / "saved")
     assert (loaded.predict(corpus[0]) == clf.predict(corpus[0])).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_vl"])
+def test_layers_that_bitsandbytes_left_in_16_bits_stay_so(tmp_path, corpus, model_type):
+    skipped = ["layers.0.mlp", "layers.1.self_attn.q_proj"]
+    if model_type == "llama":
+        names = ["lm_head", *(f"model.{name}" for name in skipped)]
+        folder = save_bitsandbytes(tmp_path, llm_int8_skip_modules=names)
+    else:
+        model = tiny.save_whole(tmp_path / "dense", model_type)
+        names = ["lm_head", "visual", *(f"model.language_model.{name}" for name in skipped)]
+        config = BitsAndBytesConfig(**FOUR_BITS, llm_int8_skip_modules=names)
+        folder = tmp_path / "packed"
+        type(model).from_pretrained(
+            tmp_path / "dense", quantization_config=config, dtype=torch.bfloat16
+        ).save_pretrained(folder)
+        tiny.make_tokenizer("decoder").save_pretrained(folder)
+    base = make_backbone(str(folder))
+    dense = {name for name, m in base.module.named_modules() if type(m) is torch.nn.Linear}
+    gated = {f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert dense == gated | {"layers.1.self_attn.q_proj"}
+    assert {p.dtype for p in base.module.parameters()} == {torch.float32, torch.uint8}
+    make_classifier(str(folder), num_train_epochs=1).fit(*corpus)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_that_bitsandbytes_left_in_16_bits_are_packed(tmp_path, corpus, family):
+    folder = save_bitsandbytes(tmp_path, family)
+    base = make_backbone(str(folder))
+    clf = make_classifier(str(folder), num_train_epochs=1).fit(*corpus)
+    embeddings = base.module.get_input_embeddings().weight.numel()
+    quantized = clf.footprint_.quantized_parameters
+    assert quantized / (quantized + clf.footprint_.other_parameters - embeddings) >= 0.98
+    estimated = estimate_memory(str(folder), device="cpu", compute_dtype="float32")
+    assert estimated.base == _count_bytes(base.module)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +147,20 @@ def change_states(tensors, **changes):
             lambda tensors: {n: t for n, t in tensors.items() if "quant_state" not in n},
             "says that it is in 4 bits, but holds no packed weight",
         ),
+        (
+            lambda tensors: {
+                n: t for n, t in tensors.items() if "q_proj.weight.nested_absmax" not in n
+            },
+            r"lacks '.*q_proj\.weight\.nested_absmax', without which a quantized weight cannot",
+        ),
+        (lambda tensors: change_states(tensors, quant_type=None), "is already quantized, with"),
+        (
+            lambda tensors: {
+                n: torch.zeros(3, dtype=torch.uint8) if "quant_state" in n else t
+                for n, t in tensors.items()
+            },
+            "'.*quant_state.*' is damaged",
+        ),
     ],
 )
 def test_damaged_bitsandbytes_checkpoint_is_refused(tmp_path, change, message):
@@ -146,6 +200,20 @@ def test_fp8_checkpoint_is_quantized_anew(tmp_path, corpus, family):
     change_config(packed, quantization_config=fp8)
     assert_same_base(make_backbone(str(packed)).module, make_backbone(str(dense)).module)
     make_classifier(str(packed), num_train_epochs=1).fit(*corpus)
+    tensors = {name: t for name, t in tensors.items() if "0.self_attn.o_proj.weight_s" not in name}
+    save_tensors(packed, tensors)
+    with pytest.raises(ValueError, match=r"lacks '.*o_proj\.weight_scale_inv', without which"):
+        make_backbone(str(packed))
+
+
+def test_class_names_in_8_bits_are_refused(tmp_path, corpus):
+    save_causal(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_tensors(tmp_path, tensors)
+    clf = make_classifier(str(tmp_path), init_head_weights="class_names")
+    with pytest.raises(ValueError, match=r"output embeddings 'lm_head\.weight' in fewer than 16"):
+        clf.fit(*corpus)
 
 
 def test_mxfp4_checkpoint_is_quantized_anew(tmp_path, corpus):

@@ -131,7 +131,7 @@ def test_saved_loaded_and_merged(whole, corpus, tmp_path, model_type):
     np.testing.assert_allclose(loaded.predict_proba(texts), expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"holds more than the text model.*`merge` writes one"):
         clf.to_peft(tmp_path / "peft")
-    text = clf._get_fitted() and make_backbone(folder).module.config
+    text = make_backbone(folder).module.config
     if type(text) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         with pytest.raises(ValueError, match="Transformers has no class of its own"):
             clf.merge(tmp_path / "merged")
@@ -219,6 +219,44 @@ def test_encoder_whose_family_has_none_is_refused(tmp_path):
     transformers.BartConfig(d_model=64, encoder_layers=2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\(bart\) is an encoder-decoder, of whose encoder "):
         make_classifier(str(tmp_path)).fit(["a", "b"], [0, 1])
+
+
+def test_encoder_that_was_saved_alone(tmp_path, corpus):
+    model = tiny.save_whole(tmp_path / "whole", "t5")
+    expected = make_backbone(str(tmp_path / "whole"))
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "whole")
+    encoder.save_pretrained(tmp_path / "alone")
+    tiny.make_tokenizer("encoder").save_pretrained(tmp_path / "alone")
+    found = make_backbone(str(tmp_path / "alone"))
+    assert model.config.is_encoder_decoder
+    with torch.no_grad():
+        assert torch.equal(found.module(IDS)[0], expected.module(IDS)[0])
+    make_classifier(str(tmp_path / "alone"), num_train_epochs=1).fit(*corpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        ("model.safetensors.index.json", b"{}", "it has no valid weight_map"),
+        ("model.safetensors.index.json", b"{", "it has no valid weight_map"),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llava", "llama"])
+def test_damaged_files_are_named(tmp_path, model_type, name, content, message):
+    save = tiny.save_whole if model_type == "llava" else tiny.save_model
+    save(tmp_path, model_type)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is .*{message}"):
+        make_backbone(str(tmp_path))
+
+
+def test_folder_without_weights(tmp_path):
+    tiny.save_whole(tmp_path, "llava")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"but no weights\. Wanted: all files of a model"):
+        make_backbone(str(tmp_path))
 
 
 def test_t5_keeps_all_of_its_linear_layers_in_4_bits(whole, corpus):

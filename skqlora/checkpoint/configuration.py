@@ -17,8 +17,8 @@ OTHER_FOLDERS = {
         "the adapter, or pass the model that it was trained on"
     ),
     "*.gguf": (
-        "a folder that holds only a GGUF file, whose weights are rounded already. Pass the model "
-        "in safetensors format that the file was made of"
+        "a folder that holds only a GGUF file, which is not read. Pass the model in safetensors "
+        "format that the file was made of"
     ),
 }
 
@@ -31,13 +31,16 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
             "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
         )
     if Path(model).is_file():
+        kind = "a GGUF file, which is not read" if model.endswith(".gguf") else "a file"
         raise ValueError(
-            f"model={model!r} is a file. Wanted: the folder of a model in safetensors format, with "
+            f"model={model!r} is {kind}. Wanted: the folder of a model in safetensors format, with "
             "its config.json and its tokenizer, or a model id of the Hugging Face Hub."
         )
     if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        at_hub = model.partition("huggingface.co/")[2].strip("/")
+        what = f"a web address. Pass {at_hub!r}" if at_hub else "a folder that does not exist"
         raise ValueError(
-            f"model={model!r} is a folder that does not exist. Wanted: a folder that "
+            f"model={model!r} is {what}. Wanted: a folder that "
             "`model.save_pretrained` wrote, or a model id of the Hugging Face Hub."
         )
     try:

@@ -37,7 +37,7 @@ def expert_matrices(module: nn.Module) -> dict[str, torch.Size]:
     if "Expert" not in type(module).__name__:
         return {}
     shapes = {name: _shape(p) for name, p in module.named_parameters(recurse=False)}
-    return {name: s for name, s in shapes.items() if len(s) == 3 and min(s) > 1}
+    return {name: s for name, s in shapes.items() if len(s) == 3 and min(s[1:]) > 1}
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -65,7 +65,9 @@ def find_routers(model: nn.Module) -> tuple[str, ...]:
             routers |= {
                 f"{parent}.{inner}"
                 for inner, layer in modules[parent].named_modules()
-                if isinstance(layer, nn.Linear) and layer.out_features in counts
+                if isinstance(layer, nn.Linear)
+                and layer.out_features in counts
+                and "att" not in inner  # beside experts that stand in the block itself
             }
     return tuple(sorted(routers))
 

@@ -1,23 +1,32 @@
 """Reading a base from disk: its text model alone, quantized while it is read."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Params4bit
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from skqlora.checkpoint.architecture import Architecture
 from skqlora.checkpoint.configuration import read_config
+from skqlora.checkpoint.experts import expert_matrices, quantize_matrices, use_packed_experts
 from skqlora.checkpoint.fingerprint import fingerprint_source
 from skqlora.checkpoint.modules import NoRandomInit, drop_pooler
 from skqlora.checkpoint.quantizer import FourBitConfig
 from skqlora.checkpoint.spec import BackboneSpec, describe_files
-from skqlora.checkpoint.stored_quantization import check_packed_weights, is_bitsandbytes
+from skqlora.checkpoint.stored_quantization import (
+    check_scales,
+    find_packed_weights,
+    is_bitsandbytes,
+)
 from skqlora.checkpoint.text_weights import TextWeights, tensor_names, weight_files
 
 # The share of a GPU's free memory for the weights. The rest is for activations and adapters.
 SHARE_OF_WEIGHTS = 0.7
+LINEAR = nn.Linear, Conv1D  # what bitsandbytes' integration of transformers packs
 
 
 def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
@@ -49,15 +58,14 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
     if not architecture.whole:
         weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
         names = list(weights.places(names))
-    if is_bitsandbytes(architecture.stored_quantization):
-        check_packed_weights(
-            files,
-            model=spec.model,
-            quantization=spec.quantization,
-            double_quant=spec.double_quant,
-        )
     fingerprint = fingerprint_source(spec.model, spec.revision, set(names))
-    module, loading = _read(spec, architecture, weights)
+    if is_bitsandbytes(architecture.stored_quantization):
+        module, loading = _read_packed(spec, architecture, weights, files, names)
+    else:
+        if architecture.stored_quantization:
+            check_scales(files, names, spec.model)
+        config = architecture.config
+        module, loading = _read(spec, config, architecture, weights)
     _check_all_on_gpus(spec, module)
     if describe_files(spec.model) != spec.files:
         raise ValueError(
@@ -72,18 +80,22 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
 
 
 def _read(
-    spec: BackboneSpec, architecture: Architecture, weights: TextWeights | None
+    spec: BackboneSpec,
+    config: PreTrainedConfig,
+    architecture: Architecture,
+    weights: TextWeights | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Let transformers read the text model; return it, and what it says of the names."""
+    text_class = type(architecture.skeleton)
+    read_class: Any = text_class if weights is None else weights.readable_class()
     with (
         torch.inference_mode(False),
         NoRandomInit(),  # a pooler that the checkpoint lacks is built before it is dropped
     ):
-        text_class = type(architecture.skeleton)
-        read_class: Any = text_class if weights is None else weights.readable_class()
         try:
             module, loading = read_class.from_pretrained(
                 spec.model,
-                config=_config(spec, architecture),
+                config=copy.deepcopy(config),
                 revision=spec.revision,
                 quantization_config=_quantization_config(spec, architecture),
                 dtype=spec.storage_dtype,
@@ -96,21 +108,55 @@ def _read(
             raise
         except RuntimeError as error:  # shapes that do not fit
             raise ValueError(
-                f"model={spec.model!r}: transformers cannot make {text_class.__name__} of its "
-                f"weights: {str(error).strip().splitlines()[0]} Wanted: a complete checkpoint of "
-                "the architecture that its config.json names."
+                f"model={spec.model!r}: the tensors of the checkpoint do not have the names and "
+                f"shapes of {text_class.__name__}. Wanted: a complete checkpoint of the "
+                "architecture that its config.json names, as transformers 5 writes it."
             ) from error
     module.__class__ = text_class
     return module, loading
 
 
-def _config(spec: BackboneSpec, architecture: Architecture) -> PreTrainedConfig:
-    """Return the text model's configuration, which says how a checkpoint in 4 bits is packed."""
-    config, stored = copy.deepcopy(architecture.config), architecture.stored_quantization
-    if is_bitsandbytes(stored):
-        compute = {"bnb_4bit_compute_dtype": spec.compute_dtype}
-        config.quantization_config = dict(stored or {}) | compute
-    return config
+def _read_packed(
+    spec: BackboneSpec,
+    architecture: Architecture,
+    weights: TextWeights | None,
+    files: list[Path],
+    names: list[str],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Read a checkpoint that bitsandbytes packed, and pack its experts, which it left in 16 bits.
+
+    Which linear layers it left in 16 bits, too, is told by the tensors. config.json names them as
+    they are in the whole model.
+    """
+    packed = find_packed_weights(
+        files,
+        names,
+        model=spec.model,
+        quantization=spec.quantization,
+        double_quant=spec.double_quant,
+    )
+    here = weights or TextWeights(architecture.skeleton, [], "")
+    places = set(here.renamed(packed).values())
+    linear = (name for name, m in architecture.skeleton.named_modules() if type(m) in LINEAR)
+    config = copy.deepcopy(architecture.config)
+    config.quantization_config = dict(architecture.stored_quantization or {}) | {
+        "bnb_4bit_compute_dtype": spec.compute_dtype,
+        "llm_int8_skip_modules": [name for name in linear if f"{name}.weight" not in places],
+    }
+    module, loading = _read(spec, config, architecture, weights)
+    for part in module.modules():
+        matrices = expert_matrices(part)
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(parameter, Params4bit):
+                continue
+            value = parameter.data.to(spec.storage_dtype)
+            if name in matrices:
+                kind = str(spec.quantization), spec.double_quant
+                setattr(part, name, quantize_matrices(value, *kind))
+            elif parameter.is_floating_point():
+                parameter.data = value
+    use_packed_experts(module, spec.compute_dtype)
+    return module, loading
 
 
 def _quantization_config(spec: BackboneSpec, architecture: Architecture) -> FourBitConfig | None:

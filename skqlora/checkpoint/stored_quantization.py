@@ -1,7 +1,7 @@
 """Checkpoints that are quantized already: which are read as they are, and which anew."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from safetensors import safe_open
 from skqlora.checkpoint.quantizer import dequantizer
 
 BLOCK = 64  # weights that share a quantization constant
+# What bitsandbytes keeps beside a packed weight, and what else if the constants are quantized too.
+CONSTANTS = "absmax", "quant_map"
+NESTED_CONSTANTS = "nested_absmax", "nested_quant_map"
 
 
 def check_stored_quantization(
@@ -66,35 +69,97 @@ def _is_nested(stored: Mapping[str, Any]) -> bool:
     return bool(stored.get("bnb_4bit_use_double_quant", False))
 
 
-def check_packed_weights(
-    files: Iterable[Path], *, model: str, quantization: str | None, double_quant: bool
-) -> None:
-    """Check by the first packed weight of a checkpoint what its config.json does not say.
+def find_packed_weights(
+    files: Iterable[Path],
+    names: Collection[str],
+    *,
+    model: str,
+    quantization: str | None,
+    double_quant: bool,
+) -> list[str]:
+    """Find the packed weights of a checkpoint, and check that they are as the parameters ask.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        The safetensors files of the checkpoint.
+    names : collection of str
+        The names of the tensors that are to be read.
+    model, quantization, double_quant
+        The same as in `check_stored_quantization`.
+
+    Returns
+    -------
+    weights : list of str
+        The names of the packed weights.
 
     Raises
     ------
     ValueError
-        If blocks of another size share a constant, or the weight is of another kind.
+        If a weight is of another kind, if blocks of another size share a constant, or if one of its
+        constants is missing.
     """
+    weights, names = [], set(names)
     for path in files:
         with safe_open(path, framework="pt") as file:
-            states = [name for name in file.keys() if ".quant_state." in name]  # noqa: SIM118
-            if not states:
-                continue
-            state = json.loads(bytes(file.get_tensor(states[0]).tolist()))
-        has = state["quant_type"], "nested_blocksize" in state
-        if has != (quantization, double_quant):
-            raise ValueError(_differs(model, *has, quantization, double_quant))
-        if state["blocksize"] != BLOCK:
-            raise ValueError(
-                f"model={model!r} has a constant for each block of {state['blocksize']} weights. "
-                f"Wanted: blocks of {BLOCK}. Take its 16-bit checkpoint; `fit` quantizes it."
-            )
-        return
+            for name in names.intersection(file.keys()):
+                weight, _, state_name = name.partition(".quant_state.")
+                if not state_name:
+                    continue
+                weights.append(weight)
+                state = _read_state(model, name, bytes(file.get_tensor(name).tolist()))
+                has = state["quant_type"], "nested_blocksize" in state
+                if has != (quantization, double_quant):
+                    raise ValueError(_differs(model, *has, quantization, double_quant))
+                if state["blocksize"] != BLOCK:
+                    raise ValueError(
+                        f"model={model!r} has a constant for each block of {state['blocksize']} "
+                        f"weights in {weight!r}. Wanted: blocks of {BLOCK}. Take its 16-bit "
+                        "checkpoint; `fit` quantizes it."
+                    )
+                constants = CONSTANTS + (NESTED_CONSTANTS if has[1] else ())
+                _check_present(model, [f"{weight}.{each}" for each in constants], names)
+    if weights:
+        return weights
     raise ValueError(
         f"model={model!r} says that it is in 4 bits, but holds no packed weight. Wanted: a "
-        "checkpoint that `save_pretrained` wrote."
+        "checkpoint that `save_pretrained` wrote, or no quantization_config in its config.json if "
+        "its weights are in 16 bits."
     )
+
+
+def check_scales(files: Iterable[Path], names: Collection[str], model: str) -> None:
+    """Check that each weight in 8 bits has a scale; raise ValueError if one has none.
+
+    transformers would read its codes as values.
+    """
+    bare = {name.rpartition(".")[0] for name in names if "scale" in name.rpartition(".")[2]}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in set(names).intersection(file.keys()):
+                in_8_bits = file.get_slice(name).get_dtype().startswith("F8_E4")
+                if in_8_bits and name.rpartition(".")[0] not in bare:
+                    _check_present(model, [f"{name}_scale_inv"], names)
+
+
+def _check_present(model: str, wanted: Iterable[str], names: Collection[str]) -> None:
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ValueError(
+            f"model={model!r}: the checkpoint lacks {missing[0]!r}, without which a quantized "
+            "weight cannot be read. Wanted: a complete checkpoint."
+        )
+
+
+def _read_state(model: str, name: str, content: bytes) -> dict[str, Any]:
+    try:
+        state = json.loads(content)
+        return {"quant_type": state["quant_type"], "blocksize": state["blocksize"]} | state
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model={model!r}: {name!r} is damaged. Wanted: a checkpoint as `save_pretrained` "
+            "wrote it. Fetch it again."
+        ) from error
 
 
 def _differs(

@@ -7,6 +7,7 @@ configuration and from what transformers builds of it. There is no table of mode
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -67,7 +68,7 @@ def build_text_part(config: PreTrainedConfig, attn_implementation: str | None = 
     """
     options = {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        if config.is_encoder_decoder:
+        if config.is_encoder_decoder or _is_encoder_alone(config):
             encoder = _encoder_config(config)
             skeleton = AutoModelForTextEncoding.from_config(encoder, **options)
             return TextPart(encoder, skeleton, whole=False)
@@ -77,6 +78,15 @@ def build_text_part(config: PreTrainedConfig, attn_implementation: str | None = 
         else:
             skeleton = _decoder_class(config)._from_config(text, **options)
     return TextPart(text, skeleton, whole=text is config)
+
+
+def _is_encoder_alone(config: PreTrainedConfig) -> bool:
+    """Return whether a checkpoint is of an encoder-decoder's encoder, such as T5EncoderModel."""
+    if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING or type(config) not in MODEL_MAPPING:
+        return False
+    encoder: Any = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    is_another = encoder is not MODEL_MAPPING[type(config)]
+    return is_another and encoder.__name__ in (config.architectures or ())
 
 
 def _encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -32,13 +32,24 @@ def weight_files(model: str, revision: str | None) -> list[Path]:
     if single is not None:
         return [single]
     index = _file_of(model, revision, "model.safetensors.index.json")
+    if index is None and Path(model).is_dir() and not any(Path(model).glob("*.bin")):
+        raise ValueError(
+            f"model={model!r} holds a config.json but no weights. Wanted: all files of a model, as "
+            f"`hf download organisation/name --local-dir folder` fetches them."
+        )
     if index is None:
         raise ValueError(
             f"model={model!r} has no weights in safetensors format (model.safetensors). Other "
             "formats can run code when they are read and are not loaded; "
             "`model.save_pretrained(folder)` writes safetensors."
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{index} is damaged: it has no valid weight_map. Wanted: the file as it was "
+            "downloaded or as `save_pretrained` wrote it. Fetch it again."
+        ) from error
     shards = [_file_of(model, revision, name) for name in names]
     if None in shards:
         raise ValueError(
@@ -57,8 +68,15 @@ def tensor_names(files: Iterable[Path]) -> list[str]:
     """List the names of the tensors in safetensors files, which are read from their headers."""
     names: list[str] = []
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            names += file.keys()
+        try:
+            with safe_open(path, framework="pt") as file:
+                names += file.keys()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no whole safetensors file: {error}. Wanted: the file as it was "
+                "downloaded or as `save_pretrained` wrote it. Fetch it again; a file of a few "
+                "hundred bytes is a pointer of Git LFS (`git lfs pull`)."
+            ) from error
     return names
 
 
@@ -114,24 +132,25 @@ class TextWeights:
             if module is skeleton.get_input_embeddings()
         )
         of_whole = _transforms_of_whole(skeleton, whole)
-        renamed = cls(skeleton, of_whole, "").renamed(names).values()
-        found = [
-            here
-            for prefix in _prefixes(renamed, depth=embeddings.count(".") + 1)
-            if embeddings in (here := cls(skeleton, of_whole, prefix)).places(names).values()
-        ]
-        if not found:
+        # Those of experts may be tens of thousands, and decide nothing.
+        telling = [name for name in names if ".experts." not in name]
+        renamed = cls(skeleton, of_whole, "").renamed(telling).values()
+        prefixes = _prefixes(renamed, depth=embeddings.count(".") + 1)
+        candidates = [cls(skeleton, of_whole, prefix) for prefix in prefixes]
+        shapes = skeleton.state_dict()
+        ranked = []
+        for candidate in candidates:
+            places = candidate.places(telling).values()
+            if embeddings in places:
+                n_fitting = sum(place in shapes for place in places)
+                ranked.append((n_fitting, len(candidate.prefix), candidate))
+        if not ranked:
             raise ValueError(
                 f"model={model!r}: none of its {len(names)} tensors is named like {embeddings}, "
                 f"the token embeddings of {type(skeleton).__name__}. Wanted: a checkpoint of the "
                 "architecture that its config.json names."
             )
-        shapes = skeleton.state_dict()
-
-        def fit(here: TextWeights) -> tuple[int, int]:
-            return sum(place in shapes for place in here.places(names).values()), len(here.prefix)
-
-        return max(found, key=fit)
+        return max(ranked, key=lambda rank: rank[:2])[-1]
 
     @cached_property
     def transforms(self) -> list[WeightTransform]:

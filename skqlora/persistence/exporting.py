@@ -16,6 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import ArrayLike
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,8 +26,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from skqlora._utils.libraries import muted
+from skqlora._utils.libraries import library_lock, muted
 from skqlora.adapter import AdapterState, Fitted, Footprint
+from skqlora.checkpoint.experts import has_experts
+from skqlora.checkpoint.modules import replicate
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
@@ -168,6 +172,7 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
             "text model alone. `merge` writes one, with the adapter in it; `save` writes any."
         )
     stock, base, head_name = _stock_skeleton(architecture.config, adapter.pooling)
+    _check_read_alike(stock, base, adapter)
     write_adapter(
         folder,
         adapter.lora,
@@ -180,6 +185,28 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
         head=adapter.head_tensors,
         head_name=head_name,
     )
+
+
+def _check_read_alike(stock: PreTrainedModel, base: str, adapter: AdapterState) -> None:
+    """Refuse an adapter of a mixture of experts that PEFT would put on the experts, too.
+
+    PEFT takes the name of a shared expert's layer for the matrices of that name in all experts.
+    """
+    if not has_experts(stock):
+        return
+    modules = [f"{base}.{name}" for name in adapted_modules(adapter.lora_tensors)]
+    trial = replicate(stock)
+    with library_lock, torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that PEFT makes up for experts and then misses
+        inject_adapter_in_model(LoraConfig(target_modules=modules), trial)
+    found = {name for name, layer in trial.named_modules() if isinstance(layer, LoraLayer)}
+    if found != set(modules):
+        raise ValueError(
+            f"PEFT would read this adapter as one of {min(found ^ set(modules))!r} too, since it "
+            f"takes the names of layers in {type(stock).__name__} for those of experts. Wanted: "
+            "target_modules without such names, such as ['q_proj', 'v_proj']. `save` and `merge` "
+            "write any."
+        )
 
 
 def peft_parameters(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ causal language model for the tokens of each class, averaged, except for a bias,
 that some families put on them. So the classifier answers before it has learned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 from skqlora._utils.libraries import muted
 from skqlora.checkpoint.configuration import read_config
 from skqlora.checkpoint.spec import BackboneSpec
-from skqlora.checkpoint.text_weights import weight_files
+from skqlora.checkpoint.text_weights import tensor_names, weight_files
 from skqlora.model.backbone import Backbone
 from skqlora.text.tokenization import CachingTokenizer
 
@@ -79,14 +80,17 @@ def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
     spec = backbone.spec
     name, tied = _output_name(spec)
     alone = spec.architecture().whole
-    for path in () if tied and alone else weight_files(spec.model, spec.revision):
-        with safe_open(path, framework="pt") as file:
-            # A text tower's may have a prefix, such as "language_model.".
-            found = [key for key in file.keys() if f".{key}".endswith(f".{name}")]  # noqa: SIM118
-            if found:
-                table = file.get_slice(found[0])
-                rows = [table[token : token + 1] for token in tokens]
-                return torch.cat(rows).float().numpy()
+    files = [] if tied and alone else weight_files(spec.model, spec.revision)
+    # A text tower's may have a prefix, such as "language_model.".
+    found = [each for each in tensor_names(files) if f".{each}".endswith(f".{name}")]
+    if len(found) > 1:
+        raise ValueError(
+            f"model={spec.model!r} has several output embeddings, {found[0]!r} and {found[1]!r}. "
+            "Wanted: a checkpoint of one language model, or another init_head_weights than "
+            "'class_names'."
+        )
+    if found:
+        return _read_rows(spec.model, files, found[0], tokens)
     if not tied:
         raise ValueError(
             f"model={spec.model!r} has no {name} in its files. Wanted: the checkpoint of a whole "
@@ -94,6 +98,22 @@ def _output_embeddings(backbone: Backbone, tokens: list[int]) -> np.ndarray:
         )
     inputs: torch.Tensor = backbone.module.get_input_embeddings().weight  # type: ignore[assignment]
     return inputs[torch.tensor(tokens, device=inputs.device)].float().cpu().numpy()
+
+
+def _read_rows(model: str, files: Iterable[Path], name: str, tokens: list[int]) -> np.ndarray:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                table = file.get_slice(name)
+                if table.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise ValueError(
+                        f"model={model!r} has output embeddings {name!r} in fewer than 16 bits. "
+                        "Wanted: its 16-bit checkpoint, or another init_head_weights than "
+                        "'class_names'."
+                    )
+                rows = [table[token : token + 1] for token in tokens]
+                return torch.cat(rows).float().numpy()
+    raise AssertionError(name)
 
 
 def _output_name(spec: BackboneSpec) -> tuple[str, bool]:

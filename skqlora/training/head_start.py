@@ -92,7 +92,8 @@ def start_head(
         if not model.backbone.causal:
             raise ValueError(
                 f"Got init_head_weights='class_names' with model={model.backbone.spec.model!r}, "
-                "which is no decoder. Wanted: a decoder, or another start of the head."
+                "which is no decoder. Wanted: a decoder such as Qwen or Llama, or "
+                "init_head_weights='normal' or 'probe'."
             )
         model.load_head(head_of_class_names(model.backbone, tokenizer, classes.tolist()))
     elif how == "probe":
