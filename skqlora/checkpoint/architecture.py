@@ -1,5 +1,6 @@
 """The models that can be adapted, checked by their configuration before any weight is read."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,7 @@ def describe_architecture(
             f"ModernBERT, or a decoder such as Llama, Qwen or Mistral. {remedy}"
         )
 
+    config = copy.deepcopy(config)
     try:
         stored_quantization = _take_quantization(config)
         part = build_text_part(config, attn_implementation)

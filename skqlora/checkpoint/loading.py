@@ -20,7 +20,7 @@ from skqlora.checkpoint.spec import BackboneSpec, describe_files
 from skqlora.checkpoint.stored_quantization import (
     check_scales,
     find_packed_weights,
-    is_bitsandbytes,
+    is_packed,
 )
 from skqlora.checkpoint.text_weights import TextWeights, tensor_names, weight_files
 
@@ -59,7 +59,7 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
         weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
         names = list(weights.places(names))
     fingerprint = fingerprint_source(spec.model, spec.revision, set(names))
-    if is_bitsandbytes(architecture.stored_quantization):
+    if is_packed(architecture.stored_quantization):
         module, loading = _read_packed(spec, architecture, weights, files, names)
     else:
         if architecture.stored_quantization:
@@ -161,7 +161,7 @@ def _read_packed(
 
 def _quantization_config(spec: BackboneSpec, architecture: Architecture) -> FourBitConfig | None:
     stored = architecture.stored_quantization
-    if spec.quantization is None or is_bitsandbytes(stored):
+    if spec.quantization is None or is_packed(stored):
         return None
     return FourBitConfig(
         stored=None if not stored else dict(stored),

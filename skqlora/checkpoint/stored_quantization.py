@@ -43,7 +43,7 @@ def check_stored_quantization(
             f"Got quantization=None, but model={model!r} is already quantized ({method}). Wanted: "
             "its 16-bit checkpoint, or quantization='nf4'."
         )
-    if is_bitsandbytes(stored):
+    if is_packed(stored):
         has = stored.get("bnb_4bit_quant_type", "fp4"), _is_nested(stored)
         if has != (quantization, double_quant):
             raise ValueError(_differs(model, *has, quantization, double_quant))
@@ -60,7 +60,7 @@ def check_stored_quantization(
         )
 
 
-def is_bitsandbytes(stored: Mapping[str, Any] | None) -> bool:
+def is_packed(stored: Mapping[str, Any] | None) -> bool:
     """Return whether a checkpoint has 4 bits by bitsandbytes, and is read as it is."""
     return bool((stored or {}).get("load_in_4bit"))
 

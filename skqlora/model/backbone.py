@@ -32,7 +32,8 @@ class Backbone:
     Attributes
     ----------
     module : transformers.PreTrainedModel
-        The base itself. It is never changed after it is loaded; `lease` hands out replicas.
+        The base itself. After it is loaded it is neither changed nor run: `lease` hands out
+        replicas.
     spec : BackboneSpec
     fingerprint : str
         The hash of the source weights and the configuration; see `fingerprint_source`.
