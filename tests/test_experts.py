@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 from bitsandbytes.nn import Params4bit
-from helpers import LORA, digest_of_base, make_backbone, make_classifier, make_model
+from helpers import LORA, digest_of_base, make_backbone, make_classifier
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_memory import estimate, peak_bytes
+from test_memory import estimate, peak_of_step
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import skqlora.checkpoint.quantizer
@@ -19,9 +19,7 @@ from skqlora import estimate_memory
 from skqlora.checkpoint.experts import PackedExperts, expert_matrices, find_routers
 from skqlora.checkpoint.modules import replicate
 from skqlora.model.backbone import _count_bytes
-from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.persistence.merging import _dequantized
-from skqlora.training.recompute import checkpointed_blocks
 
 IDS = torch.arange(5, 17)[None]
 
@@ -131,19 +129,7 @@ def test_estimate_of_the_peak_of_a_training_step(
 ):
     folder = tiny.save_model(tmp_path, model_type, **DEEP[model_type])
     base = make_backbone(folder, compute_dtype=compute_dtype)
-    model = make_model(base, lora_dropout=0.1).train()
-    part = RowsOfUpdate(0, 8, torch.arange(8))
-    ids = torch.randint(5, 300, (8, 40))
-
-    def step():
-        model(ids, torch.ones_like(ids), part).sum().backward()
-
-    step()  # gradients stay
-    if checkpointing:
-        with checkpointed_blocks(model.encoder):
-            measured = peak_bytes(step)
-    else:
-        measured = peak_bytes(step)
+    measured = peak_of_step(base, 8, 40, checkpointing=checkpointing)
     estimated = estimate(base, 8, 40, dropout=True, checkpointing=checkpointing)
     assert estimated.base == _count_bytes(base.module)
     assert 0.85 < (estimated.activations + estimated.workspace) / measured < 1.15

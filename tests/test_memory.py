@@ -1,5 +1,6 @@
 """What a fit takes is told before it, and what cannot fit is refused."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -123,23 +124,25 @@ def peak_bytes(work):
     return int(np.cumsum(sizes).max())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimate_of_the_peak_of_a_training_step(tmp_path, checkpointing):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
-    backbone = make_backbone(tiny.save_model(tmp_path, "bert", **sizes))
+def peak_of_step(backbone, n_texts, n_tokens, *, checkpointing):
+    """Peak of a training step of some texts, once its gradients are there."""
     model = make_model(backbone, lora_dropout=0.1).train()
-    part = RowsOfUpdate(0, 16, torch.arange(16))
-    ids = torch.randint(5, 300, (16, 100))
+    part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
+    ids = torch.randint(5, 300, (n_texts, n_tokens))
 
     def step():
         model(ids, torch.ones_like(ids), part).sum().backward()
 
-    step()  # gradients stay
-    if checkpointing:
-        with checkpointed_blocks(model.encoder):
-            measured = peak_bytes(step)
-    else:
-        measured = peak_bytes(step)
+    step()
+    with checkpointed_blocks(model.encoder) if checkpointing else nullcontext():
+        return peak_bytes(step)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_of_the_peak_of_a_training_step(tmp_path, checkpointing):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    backbone = make_backbone(tiny.save_model(tmp_path, "bert", **sizes))
+    measured = peak_of_step(backbone, 16, 100, checkpointing=checkpointing)
     estimated = estimate(backbone, 16, 100, dropout=True, checkpointing=checkpointing)
     assert 0.95 < (estimated.activations + estimated.workspace) / measured < 1.25
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from skqlora.checkpoint.text_weights import weight_files
+from skqlora.checkpoint.weight_files import weight_files
 
 # The entries of a config.json that can change without changing what the model computes.
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")

@@ -22,7 +22,8 @@ from skqlora.checkpoint.stored_quantization import (
     find_packed_weights,
     is_packed,
 )
-from skqlora.checkpoint.text_weights import TextWeights, tensor_names, weight_files
+from skqlora.checkpoint.text_weights import TextWeights
+from skqlora.checkpoint.weight_files import tensor_names, weight_files
 
 # The share of a GPU's free memory for the weights. The rest is for activations and adapters.
 SHARE_OF_WEIGHTS = 0.7

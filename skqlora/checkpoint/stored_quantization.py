@@ -133,12 +133,12 @@ def check_scales(files: Iterable[Path], names: Collection[str], model: str) -> N
 
     transformers would read its codes as values.
     """
-    bare = {name.rpartition(".")[0] for name in names if "scale" in name.rpartition(".")[2]}
+    scaled = {name.rpartition(".")[0] for name in names if "scale" in name.rpartition(".")[2]}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in set(names).intersection(file.keys()):
                 in_8_bits = file.get_slice(name).get_dtype().startswith("F8_E4")
-                if in_8_bits and name.rpartition(".")[0] not in bare:
+                if in_8_bits and name.rpartition(".")[0] not in scaled:
                     _check_present(model, [f"{name}_scale_inv"], names)
 
 

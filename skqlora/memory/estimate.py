@@ -47,8 +47,9 @@ class MemoryEstimate:
     activations : int
         The bytes that a forward pass keeps for its backward pass.
     workspace : int
-        The bytes of one dequantized weight, of dropout's masks for an update, of what a layer's
-        backward pass holds for a moment, and on an accelerator of torch's own workspace.
+        The bytes of one dequantized weight or a layer's experts, of dropout's masks for an update,
+        of what a layer's backward pass holds for a moment, and on an accelerator of torch's own
+        workspace.
     n_texts, n_tokens : int
         The number of texts in a pass, and the number of tokens in each, padding included.
     gradient_checkpointing : bool

@@ -53,7 +53,7 @@ def auto_head_learning_rate(learning_rate: float, init_head_weights: str) -> flo
 
     A head that starts at random has far to go and gets 10 times LoRA's rate. One that starts as the
     model's own guess gets LoRA's: with 100 questions and a decoder of 135 million parameters that
-    was 4 percentage points better (``docs/how_well.md``).
+    was 5 percentage points better (``docs/how_well.md``).
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ from transformers import (
 from skqlora._utils.libraries import muted
 from skqlora.checkpoint.configuration import read_config
 from skqlora.checkpoint.spec import BackboneSpec
-from skqlora.checkpoint.text_weights import tensor_names, weight_files
+from skqlora.checkpoint.weight_files import tensor_names, weight_files
 from skqlora.model.backbone import Backbone
 from skqlora.text.tokenization import CachingTokenizer
 
