@@ -45,8 +45,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         The folder holds the parameters, the classes, the adapter and the head as JSON and
         safetensors. The adapter's tensors have the names that PEFT gives them, so that
         ``PeftModel.from_pretrained(AutoModel.from_pretrained(model), path)`` computes its hidden
-        states, if the model is a text model alone. If the process is killed, the folder is either as it was before, or complete and
-        new.
+        states, if the model is a text model alone. If the process is killed, the folder is either
+        as it was before, or complete and new.
 
         Parameters
         ----------
