@@ -101,6 +101,14 @@ def test_results_and_gradients_are_those_of_the_dequantized_matrices(tiny_model,
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_hidden_states_may_come_by_name(tiny_model):
+    [layer, *_] = experts_of(make_backbone(tiny_model("mixtral")).module)
+    hidden, chosen = torch.randn(6, 64), torch.zeros(6, 2, dtype=torch.long)
+    weights = torch.full((6, 2), 0.5)
+    by_name = layer(hidden_states=hidden, top_k_index=chosen, top_k_weights=weights)
+    torch.testing.assert_close(by_name, layer(hidden, chosen, weights))
+
+
 def test_dequantized_matrices_do_not_stay(tiny_model):
     module = replicate(make_backbone(tiny_model("mixtral")).module)
     module(inputs_embeds=torch.randn(1, 5, 64, requires_grad=True))[0].sum().backward()

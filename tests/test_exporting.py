@@ -240,7 +240,7 @@ def test_to_peft_and_back(tiny_model, texts, labels, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
+        ({"task_type": "CAUSAL_LM"}, r"task_type='CAUSAL_LM'.*merge_and_unload"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),

@@ -105,10 +105,11 @@ class PackedExperts(nn.Module):
 
     compute_dtype: torch.dtype
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output of the experts; the arguments are those of their own class."""
+        hidden, *others = args or (kwargs.pop("hidden_states"),)
         return checkpoint(
-            self._compute, hidden, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            self._compute, hidden, *others, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
     def _compute(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

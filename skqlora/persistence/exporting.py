@@ -293,6 +293,13 @@ def read_peft_config(path: str | os.PathLike) -> dict[str, Any]:
         other["init_lora_weights"] = config["init_lora_weights"]
     if not set(config.get("modules_to_save") or []) <= set(HEADS.values()):
         other["modules_to_save"] = config["modules_to_save"]
+    if other.get("task_type") == "CAUSAL_LM":
+        raise ValueError(
+            f"{os.fspath(path)!r} is an adapter that writes text (task_type='CAUSAL_LM') and knows "
+            "no classes. Wanted: an adapter for sequence classification. To train a classifier on "
+            "top of it, merge it (`model.merge_and_unload().save_pretrained(folder)`, and the "
+            "tokenizer's `save_pretrained`) and pass model=folder to `QLoRAClassifier`."
+        )
     if other:
         name = min(other)
         raise ValueError(
