@@ -1,8 +1,8 @@
 """The methods of the classifier that are not about fitting: save, load, export, logits."""
 
-import copy
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,12 @@ from skqlora.training.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
+
+
+# The attributes of a fitted estimator, by the names of their values in `Fitted`.
+ATTRIBUTES = {field.name: f"{field.name}_" for field in fields(Fitted)} | {
+    "random_seed": "_random_seed_"
+}
 
 
 class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
@@ -64,12 +70,12 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If something else is at `path`, or it cannot be written.
         """
-        check_is_fitted(self)
+        fitted = self._get_fitted()
         saving.save(
             path,
             self.get_params(deep=False),
             read_parameters(self),
-            self._get_fitted(),
+            fitted,
             Path(path).name,
             overwrite=overwrite,
         )
@@ -127,12 +133,12 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         huggingface_hub.errors.HfHubHTTPError, OfflineModeIsEnabled
             If the Hub refuses the upload or cannot be reached.
         """
-        check_is_fitted(self)
+        fitted = self._get_fitted()
         return saving.push_to_hub(
             repo_id,
             self.get_params(deep=False),
             read_parameters(self),
-            self._get_fitted(),
+            fitted,
             private=private,
         )
 
@@ -155,12 +161,12 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If something else is at `path`, or it cannot be written.
         """
-        check_is_fitted(self)
+        fitted = self._get_fitted()
         import_libraries()
         from skqlora.persistence.exporting import write_peft
 
         with written_folder(path) as folder:
-            write_peft(read_parameters(self), self._get_fitted(), folder)
+            write_peft(read_parameters(self), fitted, folder)
 
     @classmethod
     def from_peft(
@@ -233,11 +239,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             If Transformers has no class for this base with this pooling. It has one for most
             decoders, and for BERT and ALBERT with ``pooling="pooler"``.
         """
-        check_is_fitted(self)
+        fitted = self._get_fitted()
         import_libraries()
         from skqlora.persistence.exporting import to_transformers
 
-        return to_transformers(read_parameters(self), self._get_fitted())
+        return to_transformers(read_parameters(self), fitted)
 
     def merge(self, path: str | os.PathLike, *, dtype: str = "float32") -> None:
         """Write the model of `to_transformers` and its tokenizer to a folder.
@@ -259,65 +265,55 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         OSError
             If something else is at `path`, or it cannot be written.
         """
-        check_is_fitted(self)
+        fitted = self._get_fitted()
         if dtype not in MERGE_DTYPES:
             raise ValueError(f"Got dtype={dtype!r}. Wanted: one of {', '.join(MERGE_DTYPES)}.")
         import_libraries()
         from skqlora.persistence.exporting import write_merged
 
         with written_folder(path) as folder:
-            write_merged(read_parameters(self), self._get_fitted(), folder, dtype)
+            write_merged(read_parameters(self), fitted, folder, dtype)
 
-    def _compute_logits(self, X: Any) -> np.ndarray:
-        """Compute logits of shape (n_texts, n_outputs), from the base of the process."""
-        check_is_fitted(self)
+    def _compute_logits(self, X: Any) -> tuple[Fitted, np.ndarray]:
+        """Return the fit, and its logits of shape (n_texts, n_outputs)."""
+        fitted = self._get_fitted()
         self._validate_params()
-        if isinstance(X, Iterator):  # only a chunk of it is held at a time
-            chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
-            logits = [self._compute_logits(chunk) for chunk in chunks]
-            return np.concatenate(logits or [self._compute_logits([])])
-        texts = self._check_texts(X, reset=False)
-        import_libraries()
-        from skqlora.model.prediction import compute_logits
-
         parameters = read_parameters(self)
-        return compute_logits(parameters, self.adapter_, texts, chunk_size=PREDICTION_CHUNK)
+
+        def logits_of(texts: Any) -> np.ndarray:
+            checked = self._check_texts(texts, reset=False)
+            import_libraries()
+            from skqlora.model.prediction import compute_logits
+
+            return compute_logits(parameters, fitted.adapter, checked, chunk_size=PREDICTION_CHUNK)
+
+        if not isinstance(X, Iterator):
+            return fitted, logits_of(X)
+        # Only a chunk of it is held at a time.
+        chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
+        logits = [logits_of(chunk) for chunk in chunks]
+        return fitted, np.concatenate(logits or [logits_of([])])
 
     def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
         """Turn `X` into texts; `reset` says whether to remember what is seen in it."""
         return check_texts(X, name)
 
     def _set_fitted(self, fitted: Fitted) -> None:
-        """Set all attributes of a fit at once, so that a failed fit leaves an older one whole."""
-        self.classes_ = fitted.classes
-        self.multilabel_ = fitted.multilabel
-        self.adapter_ = fitted.adapter
-        self.settings_ = fitted.settings
-        self.n_iter_ = fitted.n_iter
-        self.n_samples_seen_ = fitted.n_samples_seen
-        self.loss_curve_ = list(fitted.loss_curve)
-        self.validation_scores_ = copy.copy(fitted.validation_scores)
-        self.best_validation_score_ = fitted.best_validation_score
-        self.optimizer_state_ = fitted.optimizer_state
-        self.footprint_ = fitted.footprint
-        self._random_seed_ = fitted.random_seed
+        """Set all attributes of a fit at once, so that another thread sees one fit or the other."""
+        values = {name: _own(getattr(fitted, name)) for name in ATTRIBUTES}
+        vars(self).update({ATTRIBUTES[name]: value for name, value in values.items()})
 
     def _get_fitted(self) -> Fitted:
-        """Return the attributes that `_set_fitted` has set."""
-        return Fitted(
-            classes=self.classes_,
-            multilabel=self.multilabel_,
-            adapter=self.adapter_,
-            settings=self.settings_,
-            n_iter=self.n_iter_,
-            n_samples_seen=self.n_samples_seen_,
-            loss_curve=list(self.loss_curve_),
-            validation_scores=copy.copy(self.validation_scores_),
-            best_validation_score=self.best_validation_score_,
-            optimizer_state=self.optimizer_state_,
-            footprint=self.footprint_,
-            random_seed=self._random_seed_,
-        )
+        """Return the attributes that `_set_fitted` has set, all of one fit.
+
+        Raises
+        ------
+        sklearn.exceptions.NotFittedError
+            If the estimator is not fitted.
+        """
+        check_is_fitted(self)
+        attributes = vars(self).copy()
+        return Fitted(**{name: _own(attributes[key]) for name, key in ATTRIBUTES.items()})
 
     def _check_validation(
         self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any
@@ -330,7 +326,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the callbacks out of a fitted estimator; a worker that is to fit one needs them."""
-        state = super().__getstate__()
+        state = dict(super().__getstate__())  # a copy, which no other thread's fit changes
         if "adapter_" in state:
             state = {key: value for key, value in state.items() if key not in CALLBACK_ATTRIBUTES}
         return state
@@ -342,3 +338,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
         return tags
+
+
+def _own(value: Any) -> Any:
+    """Copy a list, which a user may change; everything else in a `Fitted` is never changed."""
+    return list(value) if isinstance(value, list) else value

@@ -436,10 +436,10 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         RuntimeError
             If the process was forked from one that has computed on threads.
         """
-        logits = self._compute_logits(X)
-        if self.multilabel_:
+        fitted, logits = self._compute_logits(X)
+        if fitted.multilabel:
             return (logits > 0).astype(int)
-        return self.classes_[logits.argmax(axis=1)]
+        return fitted.classes[logits.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Predict the probability of each class.
@@ -455,8 +455,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             The softmax of the logits, in the order of `classes_`. For multilabel targets it is the
             sigmoid of each logit, i.e. the probability that the text has the label.
         """
-        logits = self._compute_logits(X)
-        return expit(logits) if self.multilabel_ else softmax(logits, axis=1)
+        fitted, logits = self._compute_logits(X)
+        return expit(logits) if fitted.multilabel else softmax(logits, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Predict the logarithm of the probability of each class.
@@ -471,8 +471,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         log_probabilities : ndarray of shape (n_texts, n_classes)
             The logarithms of the probabilities, in the order of `classes_`.
         """
-        logits = self._compute_logits(X)
-        return log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
+        fitted, logits = self._compute_logits(X)
+        return log_expit(logits) if fitted.multilabel else log_softmax(logits, axis=1)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Compute the logits of each class.
@@ -488,8 +488,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             The logits. For two classes it is the second's logit minus the first's, so that a
             positive value means ``classes_[1]``.
         """
-        logits = self._compute_logits(X)
-        if logits.shape[1] == 2 and not self.multilabel_:
+        fitted, logits = self._compute_logits(X)
+        if logits.shape[1] == 2 and not fitted.multilabel:
             return logits[:, 1] - logits[:, 0]
         return logits
 

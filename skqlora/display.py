@@ -78,14 +78,15 @@ class LossCurveDisplay:
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
-        if not hasattr(estimator, "loss_curve_"):
+        attributes = vars(estimator).copy()  # of one fit, whatever other threads do
+        if "loss_curve_" not in attributes:
             raise TypeError(
                 f"Got a {type(estimator).__name__}, which has no loss_curve_. Wanted: a fitted "
                 "QLoRAClassifier. Pass the one inside, e.g. pipeline[-1] or search.best_estimator_."
             )
         display = cls(
-            loss_curve=estimator.loss_curve_,
-            validation_scores=estimator.validation_scores_,
+            loss_curve=attributes["loss_curve_"],
+            validation_scores=attributes["validation_scores_"],
             name=type(estimator).__name__ if name is None else name,
         )
         return display.plot(ax=ax, **kwargs)

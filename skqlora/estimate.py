@@ -5,10 +5,12 @@ from numbers import Integral
 from sklearn.utils.validation import check_scalar
 
 from skqlora._utils.libraries import import_libraries
+from skqlora._utils.torch_state import plain_torch
 from skqlora.classifier import QLoRAClassifier
 from skqlora.settings.parameters import read_parameters
 
 
+@plain_torch()
 def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     """Estimate the memory that a fit takes at its peak, from the model's shapes alone.
 

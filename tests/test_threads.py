@@ -1,5 +1,7 @@
 """Estimators that share one base from several threads give what they give in turn."""
 
+import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import joblib
@@ -9,7 +11,7 @@ from helpers import assert_equal_adapters, make_classifier
 from sklearn.ensemble import VotingClassifier
 from sklearn.model_selection import GridSearchCV, cross_validate
 
-from skqlora import backbone_cache_info, clear_backbone_cache
+from skqlora import QLoRAClassifier, backbone_cache_info, clear_backbone_cache
 
 THREADS = {"backend": "threading", "n_jobs": 2}
 IN_TURN = {"backend": "sequential"}
@@ -79,3 +81,45 @@ def test_predictions_beside_a_fit_disturb_neither(model, corpus, use_dora):
         while not refit.done():
             np.testing.assert_array_equal(clf.predict_proba(texts), expected)
     assert_equal_adapters(refit.result(), clf)
+
+
+@pytest.mark.parametrize("method", ["predict", "predict_proba", "score", "save"])
+def test_each_call_sees_one_of_two_fits(encoder, texts, labels, tmp_path, method):
+    names = [np.array([f"{fit}{label}" for label in labels], dtype=object) for fit in "ab"]
+    names[1][:8] = "one more"  # another number of classes
+    clf = make_classifier(encoder, num_train_epochs=1).fit(texts, names[0])
+    others = [make_classifier(encoder, num_train_epochs=1).fit(texts, y) for y in names]
+    fits = [other._get_fitted() for other in others]
+    stop = threading.Event()
+
+    def alternate():
+        for number in itertools.count():
+            clf._set_fitted(fits[number % 2])
+            if stop.is_set():
+                return
+
+    def call(number):
+        if method == "save":
+            clf.save(tmp_path / f"{number}")
+            clf_again = QLoRAClassifier.load(tmp_path / f"{number}")
+            return len(clf_again.classes_), len(clf_again.adapter_.head_tensors["weight"])
+        if method == "score":
+            return clf.score(texts[:8], names[number % 2][:8])
+        return getattr(clf, method)(texts[:8])
+
+    expected = {
+        "predict": [other.predict(texts[:8]).tolist() for other in others],
+        "predict_proba": [other.predict_proba(texts[:8]).tolist() for other in others],
+        "score": [o.score(texts[:8], y[:8]) for o in others for y in names],
+        "save": [(3, 3), (4, 4)],
+    }[method]
+    with ThreadPoolExecutor(1) as pool:
+        refits = pool.submit(alternate)
+        try:
+            for number in range(100 if method == "predict" else 20):
+                result = call(number)
+                result = result.tolist() if isinstance(result, np.ndarray) else result
+                assert result in expected
+        finally:
+            stop.set()
+        refits.result()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from skqlora._utils.processes import check_not_forked
+from skqlora._utils.torch_state import plain_torch
 from skqlora.adapter import AdapterState
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.cache import get_backbone
@@ -18,6 +19,7 @@ from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 PREDICTION_TOKENS = 4096
 
 
+@plain_torch()
 def compute_logits(
     parameters: Parameters, adapter: AdapterState, texts: list[str], *, chunk_size: int
 ) -> np.ndarray:

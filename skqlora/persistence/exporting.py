@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from skqlora._utils.libraries import library_lock, muted
+from skqlora._utils.torch_state import plain_torch
 from skqlora.adapter import AdapterState, Fitted, Footprint
 from skqlora.checkpoint.experts import has_experts
 from skqlora.checkpoint.modules import replicate
@@ -85,6 +86,7 @@ HARMLESS_STARTS = (True, False, None, "gaussian")  # PiSSA, OLoRA and others cha
 AS_PEFT_WROTE = "files as `PeftModel.save_pretrained` wrote them. Copy or save them again"
 
 
+@plain_torch()
 def to_transformers(
     parameters: Parameters, fitted: Fitted
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -147,6 +149,7 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
     )
 
 
+@plain_torch()
 def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: str) -> None:
     """Write the model of `to_transformers`, rounded to a dtype, and its tokenizer."""
     model, tokenizer = to_transformers(parameters, fitted)
@@ -158,6 +161,7 @@ def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: st
         raise OSError(errno.EIO, f"The merged model could not be written: {error}") from error
 
 
+@plain_torch()
 def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
     adapter = fitted.adapter
@@ -224,6 +228,7 @@ def peft_parameters(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@plain_torch()
 def read_peft(
     path: str | os.PathLike,
     config: dict[str, Any],

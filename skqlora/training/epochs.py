@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from skqlora._utils.libraries import import_libraries
+from skqlora._utils.torch_state import plain_torch
 from skqlora.adapter import AdapterState, Fitted
 from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_epochs
@@ -49,6 +50,7 @@ class DivergenceError(FloatingPointError):
         self.fitted = fitted
 
 
+@plain_torch()
 def fit_epochs(
     estimator: FitEstimator,
     table: LabelledTexts,
@@ -133,6 +135,7 @@ def fit_epochs(
             return fitted
 
 
+@plain_torch()
 def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | None) -> Fitted:
     """Train one epoch on one piece of the data, as `fit_epochs` does, and keep the optimizer.
 
