@@ -171,6 +171,8 @@ class Fitted:
     """The attributes that a fit sets on its estimator, named without their underscore.
 
     They are set all at once at the end of a fit, so a fit that fails leaves an older one whole.
+    Two are for later fits only: `random_seed`, and `weight_scale`, the weight of a text that later
+    calls of `partial_fit` take for one. This is None before a first call.
     """
 
     classes: np.ndarray
@@ -185,6 +187,7 @@ class Fitted:
     footprint: Footprint
     settings: Settings | None
     random_seed: int
+    weight_scale: float | None
 
 
 def check_shapes(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:

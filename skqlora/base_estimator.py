@@ -31,7 +31,8 @@ DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_n
 
 # The attributes of a fitted estimator, by the names of their values in `Fitted`.
 ATTRIBUTES = {field.name: f"{field.name}_" for field in fields(Fitted)} | {
-    "random_seed": "_random_seed_"
+    "random_seed": "_random_seed_",
+    "weight_scale": "_weight_scale_",
 }
 
 
@@ -301,7 +302,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def _set_fitted(self, fitted: Fitted) -> None:
         """Set all attributes of a fit at once, so that another thread sees one fit or the other."""
         values = {name: _own(getattr(fitted, name)) for name in ATTRIBUTES}
-        vars(self).update({ATTRIBUTES[name]: value for name, value in values.items()})
+        self.__dict__.update({ATTRIBUTES[name]: value for name, value in values.items()})
 
     def _get_fitted(self) -> Fitted:
         """Return the attributes that `_set_fitted` has set, all of one fit.

@@ -8,9 +8,10 @@ from sklearn.base import ClassifierMixin
 
 from skqlora.base_estimator import BaseQLoRA
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
-from skqlora.text.inputs import check_classes, check_labelled_texts, check_same_classes
+from skqlora.text.inputs import check_labelled_texts
+from skqlora.text.labels import check_classes, plain_labels
 from skqlora.training.callbacks import with_callbacks
-from skqlora.training.epochs import DivergenceError, fit_epochs, fit_piece
+from skqlora.training.epochs import DivergenceError, check_incremental, fit_epochs, fit_piece
 
 
 class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
@@ -182,20 +183,14 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     best_validation_score_ : float, or None without early stopping
         The score of the adapter that was kept.
     optimizer_state_ : OptimizerState or None
-        The optimizer for the next `partial_fit`, up to twice as large as the adapter, or None after
-        `fit`.
+        The optimizer for the next `partial_fit`, up to twice the adapter's size. None after `fit`.
     footprint_ : Footprint
         The size of the base in memory, and of what was trained.
 
     Notes
     -----
     A process loads a base at the first `fit` or `predict` that needs it, and keeps it for all
-    estimators: see `skqlora.backbone_cache_info`. This costs the download from the Hub, and then
-    about 0.5 bytes of memory for each parameter in a linear layer and 2 (GPU) or 4 (CPU) for each
-    in the embeddings. Threads share the base; each worker process loads its own.
-
-    If `torch.distributed` has a process group (`torchrun`), all its processes must call `fit` with
-    the same texts. Each trains on its share of every batch, and all end with the same weights.
+    estimators and threads: see `skqlora.backbone_cache_info`.
 
     ``learning_rate="auto"`` is half of ``5e-4 * (2000 / hidden_size) ** p`` with p = 0.0775 for
     Qwen and 0.781 for other models, the fit of "LoRA Without Regret" [2]_ over Llama and Qwen
@@ -214,8 +209,6 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     >>> clf = QLoRAClassifier("Qwen/Qwen3-0.6B-Base", random_state=0).fit(texts, labels)
     >>> clf.predict(["My card is lost"])
     array(['lost'], dtype='<U7')
-    >>> clf.predict_proba(["My card is lost"]).shape
-    (1, 2)
     """
 
     _parameter_constraints: ClassVar[dict[str, list]] = PARAMETER_CONSTRAINTS
@@ -345,11 +338,9 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             If the input or the parameters cannot work. Where possible, this is checked before a
             model is loaded.
         MemoryError
-            If not even the smallest passes would fit into memory. The message lists what takes how
-            much, and no model is loaded.
+            If not even the smallest passes would fit into memory. No model is loaded then.
         FloatingPointError
-            If the training diverges. The classifier keeps the state of the last epoch before that,
-            if there is one: `n_iter_` is its number.
+            If the training diverges. The classifier keeps the last epoch before that, if any.
         RuntimeError
             If the process was forked from one that has computed on threads, or if two threads of
             one process of a `torch.distributed` group fit at once.
@@ -358,8 +349,6 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         table = check_labelled_texts(self._check_texts(X, reset=True), y, sample_weight)
         held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         start = self._get_fitted() if self.warm_start and hasattr(self, "adapter_") else None
-        if start is not None:
-            check_same_classes(table, start.classes, start.multilabel)
         try:
             fitted = fit_epochs(self, table, held_out, start)
         except DivergenceError as error:
@@ -385,7 +374,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             All labels that will come. For multilabel targets these are the numbers of the columns.
             They are required at the first call, and later calls may not pass other ones.
         sample_weight : array-like of shape (n_texts,), default=None
-            The weight of each text in the loss.
+            The weight of each text in the loss, relative to the mean weight of the first call.
 
         Returns
         -------
@@ -399,18 +388,11 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             `early_stopping` or ``class_weight="balanced"`` is set, which need all data at once.
         """
         self._validate_params()
-        for name, value in [("early_stopping", True), ("class_weight", "balanced")]:
-            if getattr(self, name) == value:
-                raise ValueError(
-                    f"partial_fit does not support {name}={value!r}, which needs all data at once. "
-                    "Wanted: fit, or another value (for class weights a dict of numbers)."
-                )
+        check_incremental(self)
         start = self._get_fitted() if hasattr(self, "adapter_") else None
         known = check_classes(classes, None if start is None else start.classes)
         texts = self._check_texts(X, reset=start is None)
         table = check_labelled_texts(texts, y, sample_weight, known)
-        if start is not None:
-            check_same_classes(table, start.classes, start.multilabel)
         self._set_fitted(fit_piece(self, table, start))
         return self
 
@@ -459,7 +441,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         return expit(logits) if fitted.multilabel else softmax(logits, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Predict the logarithm of the probability of each class.
+        """Predict the logarithm of each class's probability, without underflow.
 
         Parameters
         ----------
@@ -485,13 +467,31 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Returns
         -------
         scores : ndarray of shape (n_texts, n_classes), or (n_texts,) for two classes
-            The logits. For two classes it is the second's logit minus the first's, so that a
-            positive value means ``classes_[1]``.
+            The logits. For two classes it is the logit of ``classes_[1]`` minus the other.
         """
         fitted, logits = self._compute_logits(X)
         if logits.shape[1] == 2 and not fitted.multilabel:
             return logits[:, 1] - logits[:, 0]
         return logits
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Compute the accuracy: the share of texts whose prediction is right in all labels.
+
+        Parameters
+        ----------
+        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+            The texts.
+        y : array-like of shape (n_texts,) or (n_texts, n_labels)
+            The true labels.
+        sample_weight : array-like of shape (n_texts,), default=None
+            The weight of each text.
+
+        Returns
+        -------
+        accuracy : float
+            A number from 0 to 1.
+        """
+        return super().score(X, plain_labels(y), sample_weight)
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that `y` may be multilabel."""

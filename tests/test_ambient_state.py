@@ -29,9 +29,7 @@ AMBIENT = {
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
     "deterministic": lambda: set_and_reset(torch.use_deterministic_algorithms, True, False),
-    "low precision": lambda: set_and_reset(
-        torch.set_float32_matmul_precision, "medium", "highest"
-    ),
+    "low precision": lambda: set_and_reset(torch.set_float32_matmul_precision, "medium", "highest"),
     "numpy's errors": lambda: np.errstate(all="raise"),
 }
 

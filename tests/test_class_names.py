@@ -96,3 +96,10 @@ def test_checkpoint_without_output_embeddings_is_refused(tmp_path, corpus):
     clf = make_classifier(folder, init_head_weights="class_names")
     with pytest.raises(ValueError, match=r"has no lm_head\.weight in its files"):
         clf.fit(*corpus)
+
+
+def test_name_that_is_no_unicode_is_refused(decoder, corpus):
+    labels = ["\ud800" if label == "animal" else label for label in corpus[1]]
+    clf = make_classifier(decoder, init_head_weights="class_names")
+    with pytest.raises(ValueError, match=r"Got the class .* no valid Unicode"):
+        clf.fit(corpus[0], labels)

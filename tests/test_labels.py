@@ -1,5 +1,7 @@
 """Every kind of text column and of label; multilabel targets."""
 
+import enum
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -73,3 +75,60 @@ def test_class_weights_of_labels(encoder, texts, indicator):
 def test_several_labels_as_tuples_name_the_binarizer(clf, texts):
     with pytest.raises(ValueError, match="MultiLabelBinarizer"):
         clf.fit(texts[:2], [("a", "b"), ("c",)])
+
+
+class Topic(str, enum.Enum):  # noqa: UP042 (its str is its name)
+    """Text that prints and hashes as something else."""
+
+    PO = "politics"
+    SP = "sport"
+    POL = "police"
+
+
+class Loud(str):
+    """Text that prints as something else."""
+
+    def __str__(self):
+        return super().__str__().upper()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        list,
+        tuple,
+        pd.Series,
+        lambda y: pd.Series(y, dtype="category"),
+        lambda y: np.array(y, dtype=object),
+        lambda y: [Loud(label.value) for label in y],
+    ],
+)
+def test_labels_that_print_as_something_else(clf, corpus, wrap):
+    y = list(Topic) * 16
+    plain = [str.__str__(label) for label in y]
+    expected = clf.fit(corpus[0], plain).predict(corpus[0]).tolist()
+    clf.set_params(class_weight={Topic.PO: 1.0}).fit(corpus[0], wrap(y))
+    assert clf.classes_.tolist() == sorted(plain[:3])
+    assert clf.predict(corpus[0]).tolist() == expected
+    assert {type(label) for label in clf.predict(corpus[0]).tolist()} == {str}
+    assert clf.score(corpus[0], wrap(y)) == clf.score(corpus[0], plain) > 0.3
+    clf.partial_fit(corpus[0], wrap(y), classes=plain[:3])
+
+
+def test_texts_that_print_as_something_else(clf, corpus):
+    texts, labels = corpus
+    expected = clf.fit(texts, labels).predict_proba(texts)
+    np.testing.assert_array_equal(clf.predict_proba([Loud(text) for text in texts]), expected)
+
+
+def test_labels_that_end_in_zeros_stay_apart(clf, corpus):
+    y = ["a", "a\0", "b"] * 16
+    clf.fit(corpus[0], y)
+    assert clf.classes_.tolist() == ["a", "a\0", "b"]
+    assert set(clf.predict(corpus[0]).tolist()) <= set(y)
+
+
+@pytest.mark.parametrize("y", [[2**63, -1], [2**70, 1], pd.Series([2**70, 1], dtype=object)])
+def test_integers_beyond_64_bits_are_named(clf, y):
+    with pytest.raises(ValueError, match=r"beyond integers of 64 bits, e\.g\. \d+\."):
+        clf.fit(["a", "b"], y)

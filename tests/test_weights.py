@@ -5,6 +5,8 @@ import pytest
 from helpers import assert_equal_adapters, make_classifier, trained_values
 from sklearn.model_selection import cross_val_score
 
+from skqlora import QLoRAClassifier
+
 
 def test_weight_of_two_is_the_row_twice_and_of_zero_no_row(model, corpus):
     texts, labels = corpus
@@ -115,3 +117,53 @@ def test_cross_val_score_shows_our_message(clf, texts, labels):
     texts[5] = None
     with pytest.raises(TypeError, match="of type NoneType"):
         cross_val_score(clf, texts, labels, cv=2, error_score="raise")
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-10, 1e39, 1e307])
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_only_the_ratios_of_weights_matter(encoder, corpus, method, scale):
+    texts, labels = corpus
+    weights = np.arange(1.0, 49) / 48
+    trained = []
+    for factor in (1.0, scale):
+        clf = make_classifier(encoder, num_train_epochs=2)
+        for _ in range(1 if method == "fit" else 3):
+            classes = {} if method == "fit" else {"classes": np.unique(labels)}
+            getattr(clf, method)(texts, labels, sample_weight=weights * factor, **classes)
+        trained.append(trained_values(clf))
+    np.testing.assert_allclose(*trained, rtol=1e-3, atol=1e-5)
+
+
+def test_later_pieces_weigh_as_much_as_the_first(encoder, corpus, tmp_path):
+    texts, labels = corpus
+    classes = np.unique(labels)
+    small, plain = make_classifier(encoder), make_classifier(encoder)
+    for piece, rows in enumerate([slice(24), slice(24, 48)]):
+        weights = np.full(24, piece + 1.0)
+        plain.partial_fit(texts[rows], labels[rows], classes, weights)
+        small.partial_fit(texts[rows], labels[rows], classes, 2.0**-40 * weights)
+        small.save(tmp_path / str(piece))
+        small = QLoRAClassifier.load(tmp_path / str(piece))
+    assert_equal_adapters(small, plain)
+
+
+def test_large_weights_of_the_validation(encoder, corpus):
+    texts, labels = corpus
+    scores = []
+    for weight in (1.0, 1e308):
+        clf = make_classifier(encoder, early_stopping=True, num_train_epochs=1)
+        held_out = {"X_val": texts[:12], "y_val": labels[:12]}
+        held_out["sample_weight_val"] = weight * np.ones(12)
+        scores.append(clf.fit(texts, labels, **held_out).best_validation_score_)
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("class_weight", ["balanced", None, {"animal": 1e300}])
+def test_weights_near_the_greatest_float(encoder, corpus, class_weight):
+    clf = make_classifier(encoder, class_weight=class_weight, num_train_epochs=1)
+    weights = np.full(48, 1e308)
+    if class_weight in ("balanced", None):
+        clf.fit(*corpus, sample_weight=weights)
+    else:
+        with pytest.raises(ValueError, match="too large for float64"):
+            clf.fit(*corpus, sample_weight=weights)

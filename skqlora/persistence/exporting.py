@@ -267,6 +267,7 @@ def read_peft(
         footprint=footprint,
         settings=None,
         random_seed=0,
+        weight_scale=None,
     )
 
 

@@ -98,6 +98,7 @@ def write_classifier(
         "validation_scores": scores_to_json(fitted.validation_scores),
         "best_validation_score": fitted.best_validation_score,
         "random_seed": fitted.random_seed,
+        "weight_scale": fitted.weight_scale,
         "footprint": asdict(fitted.footprint),
         "settings": None if settings is None else asdict(settings),
         "adapter": {
@@ -171,6 +172,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
             footprint=Footprint(**typed(manifest, "footprint", dict)),
             settings=_settings_from_json(manifest.get("settings")),
             random_seed=typed(manifest, "random_seed", int),
+            weight_scale=_weight_scale_from_json(manifest),
         )
         of_adapter = typed(manifest, "adapter", dict)
         lora = _lora_from_json(typed(of_adapter, "lora", dict))
@@ -331,6 +333,14 @@ def scores_to_json(scores: list[float] | None) -> list[float | None] | None:
 def scores_from_json(scores: list[float | None] | None) -> list[float] | None:
     """Turn None back into NaN."""
     return None if scores is None else [math.nan if s is None else float(s) for s in scores]
+
+
+def _weight_scale_from_json(manifest: dict[str, Any]) -> float | None:
+    """Read the weight that counts as one; earlier versions trained with weights as they came."""
+    scale = typed({"weight_scale": 1.0} | manifest, "weight_scale", (float, type(None)))
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"weight_scale is {scale!r}")
+    return scale
 
 
 def _settings_from_json(saved: Any) -> Settings | None:

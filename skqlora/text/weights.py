@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from skqlora.text.inputs import LabelledTexts
+from skqlora.text.values import plain_label
 
 ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
 
@@ -44,10 +45,17 @@ def apply_class_weight(
     sample_weight = table.sample_weight
     if sample_weight is None:
         sample_weight = np.ones(len(table))
-    if table.multilabel:
-        weights = sample_weight[:, None] * _label_weights(table, sample_weight, class_weight)
-    else:
-        weights = sample_weight * _single_weights(table, sample_weight, class_weight)
+    counted = without_exponent(sample_weight)
+    with np.errstate(over="ignore"):
+        if table.multilabel:
+            weights = sample_weight[:, None] * _label_weights(table, counted, class_weight)
+        else:
+            weights = sample_weight * _single_weights(table, counted, class_weight)
+    if not np.isfinite(weights).all():
+        raise ValueError(
+            "Got weights (sample_weight times class_weight) that are too large for float64. "
+            "Wanted: smaller ones with the same ratios."
+        )
     rows = np.flatnonzero(weights.reshape(len(weights), -1).any(axis=1))
     table, weights = table.take(rows), weights[rows]
     if len(rows) == 0 or (not table.multilabel and len(np.unique(table.targets)) < min_classes):
@@ -57,6 +65,19 @@ def apply_class_weight(
             f"Wanted: at least {min_classes} with a weight above zero."
         )
     return table, weights
+
+
+def without_exponent(weights: np.ndarray) -> np.ndarray:
+    """Divide weights by the power of two above the greatest, so that their sum cannot overflow.
+
+    Unlike a division by another number, this rounds nothing.
+    """
+    return np.ldexp(weights, -np.frexp(weights.max())[1])
+
+
+def mean_weight(weights: np.ndarray) -> float:
+    """Compute the mean of weights, even where their sum overflows."""
+    return float(np.ldexp(without_exponent(weights).mean(), np.frexp(weights.max())[1]))
 
 
 def _single_weights(
@@ -123,6 +144,7 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
         raise ValueError(
             f"Got the weight {bad[0]!r} in class_weight. Wanted: finite numbers, none negative."
         )
+    class_weight = {plain_label(label): weight for label, weight in class_weight.items()}
     missing = [name for name in names if name not in class_weight]
     unknown = [name for name in class_weight if name not in names]
     # As in scikit-learn, a class may be left out, and a fold may lack a class.

@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from skqlora.adapter import AdapterState, Fitted
 from skqlora.text.inputs import LabelledTexts
+from skqlora.text.weights import without_exponent
 from skqlora.training.estimator import FitEstimator
 
 
@@ -56,7 +57,9 @@ class EarlyStopping:
             If the scorer fails, or the score is not a finite number.
         """
         table = self.held_out
-        weights = {} if table.sample_weight is None else {"sample_weight": table.sample_weight}
+        weights = {}
+        if table.sample_weight is not None:
+            weights = {"sample_weight": without_exponent(table.sample_weight)}
         try:
             score = self._scorer(fitted, table.texts, table.labels, **weights)
         except TypeError as error:

@@ -19,7 +19,8 @@ from skqlora.adapter import AdapterState, Fitted
 from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_epochs
 from skqlora.text.inputs import LabelledTexts
-from skqlora.text.weights import apply_class_weight
+from skqlora.text.values import short
+from skqlora.text.weights import apply_class_weight, mean_weight
 from skqlora.training.callbacks import FitTasks
 from skqlora.training.checkpoints import (
     Checkpoint,
@@ -80,6 +81,7 @@ def fit_epochs(
     FloatingPointError
         If the loss stops being finite in the first epoch.
     """
+    _check_same_classes(table, start)
     import_libraries()
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
@@ -90,7 +92,8 @@ def fit_epochs(
         seed = ranks.from_first(_choose_seed(estimator, start))
         table, stopping = _early_stopping(estimator, table, held_out, start, seed)
         table, weights = apply_class_weight(table, estimator.class_weight)
-        weights = weights / weights.mean()  # only their ratios matter
+        scale = mean_weight(weights)  # only their ratios matter
+        weights = weights / scale
         n_epochs = resolve_epochs(parameters, len(table))
         tasks = FitTasks(estimator, n_epochs, table)
         losses = [] if start is None else start.loss_curve
@@ -103,7 +106,7 @@ def fit_epochs(
             ) as run,
             _Saving(estimator, data, run, stopping, ranks) as saving,
         ):
-            now = partial(_fitted_now, table, run, seed)
+            now = partial(_fitted_now, table, run, seed, scale)
             if stopping is not None:
                 # This shows before the training what is wrong with a scorer.
                 score = ranks.from_first(stopping.score(as_fitted(estimator, now(losses))))
@@ -135,6 +138,16 @@ def fit_epochs(
             return fitted
 
 
+def check_incremental(estimator: FitEstimator) -> None:
+    """Refuse parameters that need all data at once; raise ValueError that names one."""
+    for name, value in [("early_stopping", True), ("class_weight", "balanced")]:
+        if getattr(estimator, name) == value:
+            raise ValueError(
+                f"partial_fit does not support {name}={value!r}, which needs all data at once. "
+                "Wanted: fit, or another value (for class weights a dict of numbers)."
+            )
+
+
 @plain_torch()
 def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | None) -> Fitted:
     """Train one epoch on one piece of the data, as `fit_epochs` does, and keep the optimizer.
@@ -150,6 +163,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
     -------
     fitted : Fitted
     """
+    _check_same_classes(table, start)
     import_libraries()
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
@@ -158,11 +172,14 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, start))
         table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
+        scale = None if start is None else start.weight_scale
+        if scale is None:  # that of the first piece, which all later ones share
+            scale = mean_weight(weights)
         losses = [] if start is None else start.loss_curve
         with prepared_training(
             parameters,
             table,
-            weights,
+            weights / scale,
             seed + len(losses),
             n_epochs=1,
             start=None if start is None else start.adapter,
@@ -170,7 +187,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
             incremental=True,
         ) as run:
             loss = run.trainer.train_epoch()
-            fitted = _fitted_now(table, run, seed, [*losses, loss])
+            fitted = _fitted_now(table, run, seed, scale, [*losses, loss])
             n_before = 0 if start is None else start.n_samples_seen
             return replace(
                 fitted,
@@ -308,6 +325,7 @@ def _fitted_now(
     table: LabelledTexts,
     run: "TrainingRun",
     seed: int,
+    scale: float,
     losses: list[float],
     adapter: AdapterState | None = None,
 ) -> Fitted:
@@ -328,7 +346,30 @@ def _fitted_now(
         footprint=run.footprint,
         settings=run.settings,
         random_seed=seed,
+        weight_scale=scale,
     )
+
+
+def _check_same_classes(table: LabelledTexts, start: Fitted | None) -> None:
+    """Refuse to continue a fit, if there is one, that had other classes than the table.
+
+    Raises
+    ------
+    ValueError
+        If the table's classes are not the fitted ones.
+    """
+    if start is None:
+        return
+    same = np.array_equal(table.classes, start.classes) and table.multilabel == start.multilabel
+    if not same:
+        kinds = [
+            "multilabel" if each.multilabel else "one for each text" for each in (table, start)
+        ]
+        raise ValueError(
+            f"Got y with the classes {short(table.classes.tolist())} ({kinds[0]}) but the fit to "
+            f"continue from has {short(start.classes.tolist())} ({kinds[1]}). Wanted: the same "
+            "classes, or `fit` with warm_start=False."
+        )
 
 
 def _choose_seed(estimator: FitEstimator, start: Fitted | None) -> int:

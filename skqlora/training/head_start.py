@@ -7,6 +7,7 @@ from skqlora.model.text_classifier import TextClassifierModel
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.tokenization import CachingTokenizer
+from skqlora.text.values import well_formed
 from skqlora.training.class_names import head_of_class_names
 from skqlora.training.distributed import Ranks
 from skqlora.training.probe import choose_probe_rows, fit_probe
@@ -35,6 +36,8 @@ def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
             f"Got init_head_weights='class_names' with {what}. Wanted: one label of type str for "
             "each text, or another start of the head."
         )
+    for label in table.classes.tolist():
+        well_formed(label, "the class")
     if pooling not in ("auto", "last"):
         raise ValueError(
             f"Got init_head_weights='class_names' with pooling={pooling!r}. Wanted: 'last' or "
