@@ -102,6 +102,58 @@ def test_model_that_runs_wrongly_is_refused_by_name(tmp_path, model_type, messag
         make_backbone(folder)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", None])
+@pytest.mark.parametrize("model_type", tiny.CHANGING)
+def test_family_that_would_change_itself_is_kept_from_it(
+    tiny_model, corpus, model_type, quantization
+):
+    texts, labels = corpus
+    options = {"quantization": quantization, "num_train_epochs": 1}
+    clf = make_classifier(tiny_model(model_type), **options).fit(texts, labels)
+    long = [" ".join(texts[:20])]
+    expected = clf.predict_proba(long)
+    clf.predict_proba(["a"])
+    np.testing.assert_array_equal(clf.predict_proba(long), expected)
+    make_classifier(tiny_model(model_type), lora_r=8, **options).fit(texts, labels).predict(texts)
+    np.testing.assert_array_equal(clf.predict_proba(long), expected)
+    again = make_classifier(tiny_model(model_type), **options).fit(texts, labels)
+    np.testing.assert_array_equal(again.predict_proba(long), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("big_bird", "draws random numbers when it is run"), ("rwkv", "changes its own 'blocks.0.")],
+)
+def test_base_that_a_run_changes_is_refused(tmp_path, monkeypatch, model_type, message):
+    monkeypatch.setattr("skqlora.checkpoint.architecture.PINNED", {})
+    folder = tiny.save_model(tmp_path, model_type)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"\({model_type}\) {message}"):
+        make_backbone(folder, quantization=None, double_quant=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("counted", "message"),
+    [
+        (lambda n_tokens: True, "gives a text another result the second time"),
+        (lambda n_tokens: n_tokens > 100, "gives a long text another result after a short"),
+    ],
+)
+def test_base_that_remembers_what_it_ran_is_refused(tmp_path, monkeypatch, counted, message):
+    forward = transformers.BertModel.forward
+
+    def remembering(self, input_ids, **kwargs):
+        self.n_runs = getattr(self, "n_runs", 0) + counted(input_ids.shape[1])
+        output = forward(self, input_ids, **kwargs)
+        output.last_hidden_state += self.n_runs
+        return output
+
+    monkeypatch.setattr(transformers.BertModel, "forward", remembering)
+    with pytest.raises(ValueError, match=rf"\(bert\) {message}"):
+        make_backbone(tiny.save_model(tmp_path, "bert"))
+
+
 def test_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"folder without a config\.json"):
         check_architecture(str(tmp_path), None, quantized=True)

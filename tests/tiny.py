@@ -215,6 +215,17 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # What needs values of its input: its windows are as long as the longest text, rounded up.
 VALUE_DEPENDENT = {"longformer": BERT | {"attention_window": 8}}
+# What would change itself while it runs; see PINNED in architecture.py.
+CHANGING = {
+    "big_bird": BERT | {"block_size": 4, "num_random_blocks": 1},
+    "rwkv": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 64,
+        "rescale_every": 2,
+        "context_length": 128,
+    },
+}
 UNFIT = {"fnet": BERT, "layoutlm": BERT}  # loadable, and refused at the first forward pass
 
 
@@ -259,7 +270,7 @@ def save_model(folder, model_type: str, **overrides) -> str:
     encoders = ENCODERS | VALUE_DEPENDENT
     style = "encoder" if model_type in encoders else "decoder"
     tokenizer = make_tokenizer(style)
-    settings = (DECODERS | MIXTURES | encoders | UNFIT)[model_type]
+    settings = (DECODERS | MIXTURES | encoders | CHANGING | UNFIT)[model_type]
     config = transformers.AutoConfig.for_model(
         model_type, **settings | {"vocab_size": len(tokenizer) + 8} | TOKENS | overrides
     )

@@ -1,9 +1,13 @@
 """torch's settings as this package computes with them, whatever a caller has set around it."""
 
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import joblib
+import numpy as np
 
 _lock = threading.Lock()
 _n_inside = 0  # the calls of `plain_torch` that have not ended, in all threads
@@ -30,6 +34,35 @@ def plain_torch() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_plain_process())
         yield
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[Callable[[], bool]]:
+    """Give back the random states of this process on leaving, for a short time.
+
+    Yields
+    ------
+    has_changed : callable
+        A function that returns whether one of them has changed since.
+    """
+    import torch
+
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+    def has_changed() -> bool:
+        of_torch, *others = states()
+        return not torch.equal(of_torch, before[0]) or joblib.hash(others) != joblib.hash(
+            list(before[1:])
+        )
+
+    before = states()
+    try:
+        yield has_changed
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
 
 
 @contextmanager

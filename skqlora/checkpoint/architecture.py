@@ -19,6 +19,13 @@ from skqlora.checkpoint.text_part import NoTextPartError, build_text_part
 # is longer than the model was trained on. A text's result would then depend on its neighbours.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+# Settings that some families change by themselves while they run, and what they stay at here:
+# BigBird's attention, after a short text, and RWKV's weights, which it halves for float16.
+PINNED: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
+    "rwkv": {"rescale_every": 0},
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
@@ -139,6 +146,7 @@ def describe_architecture(
     config = copy.deepcopy(config)
     try:
         stored_quantization = _take_quantization(config)
+        config.update(PINNED.get(config.model_type, {}))
         part = build_text_part(config, attn_implementation)
     except NoTextPartError as error:
         raise refusal(str(error), "Take another one.") from error

@@ -1,4 +1,4 @@
-"""The frozen 4-bit base: how it is tried and measured, and how it lends replicas.
+"""The frozen 4-bit base: how it is loaded and measured, and how it lends replicas.
 
 This module knows nothing of texts, labels or training. A base is only ever read. An adapter goes
 onto a replica of the base's module tree, which shares every tensor with the base.
@@ -14,15 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from skqlora.adapter import AdapterState, Footprint
-from skqlora.checkpoint.experts import has_experts
 from skqlora.checkpoint.loading import load_base
-from skqlora.checkpoint.modules import drop_pooler, replicate
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
+from skqlora.model.trial import try_base
 from skqlora.settings.adapter_settings import LoraSettings
-
-# The relative difference of hidden states that rounding alone explains, by compute dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +68,7 @@ class Backbone:
         """
         module, fingerprint = load_base(spec)
         freeze(module, spec.compute_dtype)
-        hidden_size, causal = _run_once(module, spec)
+        hidden_size, causal = try_base(module, spec)
         replicas = ReplicaPool(module, _count_bytes(module))
         return cls(module, spec, fingerprint, hidden_size, causal, replicas)
 
@@ -156,65 +152,6 @@ def freeze(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
             layer.support_avx512bf16_for_cpu = False
             if layer.bias is not None:
                 layer.bias.data = layer.bias.data.to(compute_dtype)
-
-
-def _run_once(module: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
-    """Determine the width of the hidden states, and whether a token sees only those before it.
-
-    Configurations do not say whether it does: `is_decoder` is unset for Llama. So the model is run
-    on two inputs that differ in their last token. A third input, which is padded to the length of
-    another one beside it, shows whether a text's result depends on its neighbours.
-    """
-    vocabulary = module.config.get_text_config().vocab_size
-    ids = torch.arange(5, 13, device=spec.device)[None] % vocabulary
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % vocabulary
-    longer = torch.arange(8, 21, device=spec.device)[None] % vocabulary
-    padded = torch.cat([ids, ids[:, :5]], dim=1)
-    both = torch.cat([padded, longer])
-    mask = torch.ones_like(both)
-    mask[0, ids.shape[1] :] = 0
-
-    @torch.no_grad()
-    def hidden_states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return module(input_ids=ids, attention_mask=mask)[0][0]
-
-    name = f"model={spec.model!r} ({module.config.model_type})"
-    module = replicate(module)
-    drop_pooler(module)  # as for most adapters
-    try:
-        plain = hidden_states(ids, torch.ones_like(ids))
-        other_end = hidden_states(changed, torch.ones_like(ids))
-        beside_longer = hidden_states(both, mask)[: len(plain)]
-    except Exception as error:  # a model may fail in any way on what it was not made for
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name} cannot be run on token ids and a mask alone: {reason}. Wanted: a text encoder "
-            "such as BERT, or a decoder such as Llama."
-        ) from error
-    if plain.ndim != 2:
-        raise ValueError(
-            f"{name} returns {plain.ndim} dimensions for a text. Wanted: a model that returns "
-            "hidden states, one vector for each token."
-        )
-    error, tolerance = _difference(module, plain, beside_longer), TOLERANCE[spec.compute_dtype]
-    if not error <= tolerance:
-        raise ValueError(
-            f"{name} gives a text another result beside a longer one, to whose length it is padded "
-            f"(relative difference {error:.1e}). Wanted: a model that heeds the attention mask, "
-            "such as BERT."
-        )
-    # Experts compute with the tokens of all texts at once, so that a sum's rounding may differ.
-    change = _difference(module, plain[:-1], other_end[:-1])
-    causal = change <= (tolerance if has_experts(module) else 0)
-    return plain.shape[-1], causal
-
-
-def _difference(module: PreTrainedModel, some: torch.Tensor, others: torch.Tensor) -> float:
-    """Compute by how much hidden states differ, relative to their size, for most tokens."""
-    errors = (others - some).float().norm(dim=1) / some.float().norm(dim=1)
-    # Where two experts have nearly the same score, rounding may send a token to the other one.
-    return (errors.median() if has_experts(module) else errors.mean()).item()
 
 
 def _count_bytes(module: PreTrainedModel) -> int:

@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from skqlora.checkpoint.device import is_out_of_memory
-from skqlora.model.backbone import TOLERANCE, Backbone
+from skqlora.model.backbone import Backbone
 from skqlora.model.blocks import replaced_forwards, transformer_blocks
 from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.trial import TOLERANCE
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.training import state_store
 
