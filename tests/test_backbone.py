@@ -1,15 +1,20 @@
 """Loading a base once, cloning it for nothing, and refusing what would not be one."""
 
 import json
+from dataclasses import replace
 from shutil import copytree
 
+import numpy as np
 import pytest
+import tiny
 import torch
-from helpers import make_backbone
+import transformers
+from helpers import make_backbone, make_classifier
 from safetensors.torch import load_file, save_file
 
+from skqlora import QLoRAClassifier
 from skqlora.checkpoint.device import resolve_compute_dtype, resolve_device
-from skqlora.checkpoint.fingerprint import fingerprint_source
+from skqlora.checkpoint.fingerprint import fingerprint_of_version_1
 
 
 def test_base_is_frozen_and_in_evaluation_mode(backbone):
@@ -77,7 +82,6 @@ def test_compute_dtypes():
 
 
 def test_fingerprint_is_of_the_weights_not_of_the_files(encoder, tmp_path):
-    expected = fingerprint_source(encoder, None)
     resharded = tmp_path / "resharded"
     copytree(encoder, resharded)
     weights = load_file(resharded / "model.safetensors")
@@ -88,8 +92,64 @@ def test_fingerprint_is_of_the_weights_not_of_the_files(encoder, tmp_path):
         save_file(part, resharded / shard, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": places}
     (resharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert fingerprint_source(str(resharded), None) == expected
-    assert fingerprint_source(encoder, None) == expected
+    expected = make_backbone(encoder).fingerprint
+    assert make_backbone(str(resharded)).fingerprint == expected
+    assert make_backbone(encoder, quantization=None).fingerprint == expected
+
+
+AS_PARTS = {
+    "bert": transformers.AutoModelForMaskedLM,
+    "roberta": transformers.AutoModelForTokenClassification,
+    "llama": transformers.AutoModelForCausalLM,
+    "gpt2": transformers.AutoModelForSequenceClassification,
+    "mixtral": transformers.AutoModelForCausalLM,
+    "gemma3": transformers.AutoModelForImageTextToText,
+    "t5": transformers.AutoModelForSeq2SeqLM,
+}
+
+
+@pytest.mark.parametrize("model_type", AS_PARTS)
+def test_base_that_is_saved_again_is_the_same(tmp_path, corpus, model_type):
+    whole = model_type in tiny.TOWERS or model_type in tiny.ENCODER_DECODERS
+    (tiny.save_whole if whole else tiny.save_model)(tmp_path / "base", model_type)
+    copytree(tmp_path / "base", tmp_path / "first")
+    part = AS_PARTS[model_type].from_pretrained(tmp_path / "base")
+    part.save_pretrained(tmp_path / "first")
+    clf = make_classifier(str(tmp_path / "first"), num_train_epochs=1).fit(*corpus)
+    expected = clf.predict_proba(corpus[0])
+    copytree(tmp_path / "base", tmp_path / "again")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "first")
+    model.config.id2label = {0: "one", 1: "two", 2: "three"}
+    model.save_pretrained(tmp_path / "again")
+    clf.set_params(model=str(tmp_path / "again"))
+    np.testing.assert_array_equal(clf.predict_proba(corpus[0]), expected)
+    clf.set_params(warm_start=True).fit(*corpus)
+
+
+def test_adapter_on_the_pooler_wants_the_same_pooler(encoder, tmp_path, corpus):
+    folder = copytree(encoder, tmp_path / "changed")
+    weights = load_file(folder / "model.safetensors")
+    weights["pooler.dense.weight"][3] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with_pooler = make_classifier(encoder, num_train_epochs=1, pooling="pooler").fit(*corpus)
+    without = make_classifier(encoder, num_train_epochs=1).fit(*corpus)
+    without.set_params(model=str(folder)).predict(corpus[0])
+    with pytest.raises(ValueError, match="is not the base that was fitted"):
+        with_pooler.set_params(model=str(folder)).predict(corpus[0])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
+def test_fingerprint_of_version_1_is_known(encoder, corpus, pooling, tmp_path):
+    clf = make_classifier(encoder, num_train_epochs=1, pooling=pooling).fit(*corpus)
+    expected = clf.predict_proba(corpus[0])
+    old = fingerprint_of_version_1(encoder, None)
+    assert old != clf.adapter_.fingerprint
+    clf.adapter_ = replace(clf.adapter_, fingerprint=old)
+    clf.save(tmp_path / "saved")
+    again = QLoRAClassifier.load(tmp_path / "saved")
+    np.testing.assert_array_equal(again.predict_proba(corpus[0]), expected)
+    again.set_params(warm_start=True).fit(*corpus)
+    assert again.adapter_.fingerprint != old
 
 
 @pytest.mark.parametrize("change", ["weight", "one row of an embedding", "config"])
@@ -108,4 +168,4 @@ def test_fingerprint_tells_another_base(encoder, tmp_path, change):
         path.write_text(
             path.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5')
         )
-    assert fingerprint_source(str(folder), None) != fingerprint_source(encoder, None)
+    assert make_backbone(str(folder)).fingerprint != make_backbone(encoder).fingerprint

@@ -91,7 +91,7 @@ def test_nothing_but_the_text_model_is_read(whole, model_type):
     original = loading._materialize_copy
     with (
         patch.object(loading, "_materialize_copy", materialize),
-        patch(f"{fingerprint}._tensor_digest", lambda _, name: hashed.append(name) or b""),
+        patch(f"{fingerprint}._digest_of_values", lambda _, name: hashed.append(name) or b""),
     ):
         module = make_backbone(folder, **UNQUANTIZED, attn_implementation="eager").module
     tensors = {id(t): t for t in module.parameters()}.values()

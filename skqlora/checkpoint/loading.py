@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from skqlora.checkpoint.architecture import Architecture
 from skqlora.checkpoint.configuration import read_config
 from skqlora.checkpoint.experts import expert_matrices, quantize_matrices, use_packed_experts
-from skqlora.checkpoint.fingerprint import fingerprint_source
+from skqlora.checkpoint.fingerprint import Fingerprint, fingerprint_base
 from skqlora.checkpoint.modules import NoRandomInit, drop_pooler
 from skqlora.checkpoint.quantizer import FourBitConfig
 from skqlora.checkpoint.spec import BackboneSpec, describe_files
@@ -30,7 +30,7 @@ SHARE_OF_WEIGHTS = 0.7
 LINEAR = nn.Linear, Conv1D  # what bitsandbytes' integration of transformers packs
 
 
-def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
+def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, Fingerprint]:
     """Read the text model of a checkpoint, and hash what is read.
 
     Parameters
@@ -41,8 +41,8 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
     -------
     module : transformers.PreTrainedModel
         The text model, quantized as `spec` says.
-    fingerprint : str
-        The hash of the source weights and the configuration; see `fingerprint_source`.
+    fingerprint : Fingerprint
+        The hashes of the source weights and the configuration.
 
     Raises
     ------
@@ -58,8 +58,10 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
     weights = None
     if not architecture.whole:
         weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
-        names = list(weights.places(names))
-    fingerprint = fingerprint_source(spec.model, spec.revision, set(names))
+    places = _places(architecture, weights, names)
+    if weights is not None:
+        names = list(places)
+    fingerprint = fingerprint_base(architecture.config, files, places)
     if is_packed(architecture.stored_quantization):
         module, loading = _read_packed(spec, architecture, weights, files, names)
     else:
@@ -78,6 +80,18 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, str]:
     if weights is not None:
         weights.check_unread(loading["unexpected_keys"], spec.model)
     return module, fingerprint
+
+
+def _places(
+    architecture: Architecture, weights: TextWeights | None, names: list[str]
+) -> dict[str, str]:
+    """Return the names of the tensors that are read, and their places in the text model."""
+    here = weights or TextWeights(architecture.skeleton, [], "")
+    places = here.places(names)
+    if architecture.stored_quantization:  # beside a weight there are its constants
+        return places
+    known = architecture.skeleton.state_dict()
+    return {name: place for name, place in places.items() if place in known}
 
 
 def _read(

@@ -4,6 +4,7 @@ This module knows nothing of texts, labels or training. A base is only ever read
 onto a replica of the base's module tree, which shares every tensor with the base.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from skqlora.adapter import AdapterState, Footprint
+from skqlora.checkpoint.fingerprint import Fingerprint, fingerprint_of_version_1
 from skqlora.checkpoint.loading import load_base
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
@@ -31,8 +33,8 @@ class Backbone:
         The base itself. After it is loaded it is neither changed nor run: `lease` hands out
         replicas.
     spec : BackboneSpec
-    fingerprint : str
-        The hash of the source weights and the configuration; see `fingerprint_source`.
+    fingerprint : Fingerprint
+        The hashes of the source weights and the configuration.
     hidden_size : int
         The number of features of a last hidden state.
     causal : bool
@@ -43,7 +45,7 @@ class Backbone:
 
     module: PreTrainedModel
     spec: BackboneSpec
-    fingerprint: str
+    fingerprint: Fingerprint
     hidden_size: int
     causal: bool
     replicas: ReplicaPool
@@ -71,6 +73,21 @@ class Backbone:
         hidden_size, causal = try_base(module, spec)
         replicas = ReplicaPool(module, _count_bytes(module))
         return cls(module, spec, fingerprint, hidden_size, causal, replicas)
+
+    def fingerprint_for(self, pooling: str) -> str:
+        """Return the hash of what an adapter with this pooling depends on."""
+        hashes = self.fingerprint
+        return hashes.with_pooler if pooling == "pooler" else hashes.without_pooler
+
+    def is_base_of(self, adapter: AdapterState) -> bool:
+        """Return whether an adapter was trained on this base."""
+        if adapter.fingerprint == self.fingerprint_for(adapter.pooling):
+            return True
+        return adapter.fingerprint == self._fingerprint_of_version_1
+
+    @functools.cached_property
+    def _fingerprint_of_version_1(self) -> str:
+        return fingerprint_of_version_1(self.spec.model, self.spec.revision)
 
     @property
     def nbytes(self) -> int:

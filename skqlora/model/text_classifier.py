@@ -237,7 +237,7 @@ class TextClassifierModel(nn.Module):
             text_settings=text_settings,
             model=self.backbone.spec.model,
             revision=self.backbone.spec.revision,
-            fingerprint=self.backbone.fingerprint,
+            fingerprint=self.backbone.fingerprint_for(self.pooling),
             tokenizer_fingerprint=tokenizer_fingerprint,
             lora_tensors=self.replica.state_dict(),
             head_tensors={name: _to_numpy(p) for name, p in self.head.named_parameters()},
@@ -327,9 +327,10 @@ def _resolve_pooling(pooling: str, backbone: Backbone) -> str:
 
 def check_base(backbone: Backbone, adapter: AdapterState) -> None:
     """Check that a base is the one that an adapter was trained on; raise ValueError otherwise."""
-    if backbone.fingerprint != adapter.fingerprint:
+    if not backbone.is_base_of(adapter):
+        found = backbone.fingerprint_for(adapter.pooling)
         raise ValueError(
-            f"model={backbone.spec.model!r} (fingerprint {backbone.fingerprint[:12]}) is not "
+            f"model={backbone.spec.model!r} (fingerprint {found[:12]}) is not "
             f"the base that was fitted (fingerprint {adapter.fingerprint[:12]}). "
             "Set `model` back to that base, or call `fit` with warm_start=False."
         )

@@ -393,7 +393,7 @@ def read_peft_weights(
         ),
         model=spec.model,
         revision=spec.revision,
-        fingerprint=backbone.fingerprint,
+        fingerprint=backbone.fingerprint_for(pooling),
         tokenizer_fingerprint=tokenizer.fingerprint,
         lora_tensors=lora_tensors,
         head_tensors=head_tensors,

@@ -27,7 +27,7 @@ from skqlora.settings.adapter_settings import TEXT_FIELD, TRUNCATIONS, LoraSetti
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.settings import SETTLED, Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has another fingerprint of the base, and weight_scale
 
 
 @dataclass(frozen=True)

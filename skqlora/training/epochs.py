@@ -226,7 +226,8 @@ class _Saving:
         self._checkpoints = None
         directory = estimator.checkpoint_dir
         if directory is not None:
-            bases = run.trainer.model.backbone.fingerprint, run.tokenizer_fingerprint
+            model = run.trainer.model
+            bases = model.backbone.fingerprint_for(model.pooling), run.tokenizer_fingerprint
             identity = data, bases, run.settings.text_settings, ranks.size
             self._checkpoints = Checkpoints(directory, estimator, identity, torch.get_num_threads())
 
