@@ -52,8 +52,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         The folder holds the parameters, the classes, the adapter and the head as JSON and
         safetensors. The adapter's tensors have the names that PEFT gives them, so that
         ``PeftModel.from_pretrained(AutoModel.from_pretrained(model), path)`` computes its hidden
-        states, if the model is a text model alone. If the process is killed, the folder is either
-        as it was before, or complete and new.
+        states, if the model is a text model alone. `load` finds the folder as it was before or
+        complete and new, even while it is written and after a kill.
 
         Parameters
         ----------
@@ -77,7 +77,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             self.get_params(deep=False),
             read_parameters(self),
             fitted,
-            Path(path).name,
+            Path(os.path.abspath(path)).name,
             overwrite=overwrite,
         )
 
@@ -166,7 +166,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         import_libraries()
         from skqlora.persistence.exporting import write_peft
 
-        with written_folder(path) as folder:
+        with written_folder(path, last="adapter_config.json") as folder:
             write_peft(read_parameters(self), fitted, folder)
 
     @classmethod
@@ -272,7 +272,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         import_libraries()
         from skqlora.persistence.exporting import write_merged
 
-        with written_folder(path) as folder:
+        with written_folder(path, last="config.json") as folder:
             write_merged(read_parameters(self), fitted, folder, dtype)
 
     def _compute_logits(self, X: Any) -> tuple[Fitted, np.ndarray]:

@@ -418,16 +418,6 @@ def test_whatever_the_optimizer_file_holds_only_our_errors_come_out(
         QLoRAClassifier.load(folder)
 
 
-def test_a_write_that_was_cut_off_is_named(fitted, tmp_path):
-    fitted.save(tmp_path / ".clf.1.old.tmp")
-    with pytest.raises(
-        NotADirectoryError, match=r"may be '.*\.clf\.1\.old\.tmp': if so, rename it"
-    ):
-        QLoRAClassifier.load(tmp_path / "clf")
-    (tmp_path / ".clf.1.old.tmp").rename(tmp_path / "clf")
-    assert_equal_adapters(QLoRAClassifier.load(tmp_path / "clf"), fitted)
-
-
 def test_pickles_are_not_read(copied):
     (copied / FILES.head).write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ValueError, match="SHA-256"):
@@ -524,3 +514,34 @@ def test_the_hub_gets_what_save_writes_and_load_reads_it(fitted, texts, tmp_path
     assert card.data.library_name == "skqlora"
     assert 'QLoRAClassifier.load("me/clf")' in card.text
     assert "validation score" in card.text
+
+
+def test_into_the_current_folder(fitted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitted.save(".")
+    fitted.save(".", overwrite=True)
+    assert_equal_adapters(QLoRAClassifier.load("."), fitted)
+    assert f'load("{tmp_path.name}")' in (tmp_path / FILES.model_card).read_text()
+    assert set(os.listdir(tmp_path)) <= set(ALL_FILES)
+
+
+def test_load_while_another_process_saves(fitted, tmp_path):
+    path = tmp_path / "clf"
+    fitted.save(path)
+    script = (
+        "import sys; from skqlora import QLoRAClassifier\n"
+        "for name in sys.argv[2:] * 50:\n"
+        "    QLoRAClassifier.load(name).save(sys.argv[1], overwrite=True)\n"
+    )
+    other = QLoRAClassifier.load(path).set_params(verbose=0)
+    other.n_samples_seen_ = 12345
+    other.optimizer_state_ = None
+    fitted.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    command = [sys.executable, "-c", script, *map(str, (path, tmp_path / "a", tmp_path / "b"))]
+    seen = set()
+    with subprocess.Popen(command) as writer:
+        while writer.poll() is None:
+            seen.add(QLoRAClassifier.load(path).n_samples_seen_)
+    assert writer.returncode == 0
+    assert seen == {fitted.n_samples_seen_, 12345}

@@ -1,32 +1,40 @@
-"""Folders that appear whole or not at all: they are written next to their place and moved there.
+"""Folders whose files are replaced all at once: a reader finds the old ones or the new ones.
+
+A folder that does not exist yet appears whole, by one rename. One that exists stays the same
+folder, with its mode and owner, since it may be a mount point, the current folder of a process, or
+in a folder where nothing may be written. Its new files come whole too, by one rename of a folder
+within it, and count from then on. They are copied to their places afterwards.
 
 This module knows nothing of what is written.
 """
 
-import ctypes
 import errno
 import glob
+import hashlib
 import os
 import shutil
-import sys
+import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # as in Linux's <fcntl.h> and <linux/fs.h>
+from filelock import FileLock
+
+T = TypeVar("T")
+
+PENDING = ".skqlora-new"  # the folder within a folder whose files count instead of its own
 
 
 @contextmanager
 def written_folder(
-    path: str | os.PathLike, replaceable: Sequence[str] | None = None
+    path: str | os.PathLike, replaceable: Sequence[str] | None = None, *, last: str = ""
 ) -> Iterator[Path]:
-    """Give a new folder to write to, which is moved to `path` at the end.
+    """Give a new folder to write files to, which are moved to `path` at the end.
 
-    A kill at any moment leaves at `path` what was there before or what was written, and perhaps a
-    hidden folder ``.NAME.*.tmp`` next to it. Where the system cannot exchange two folders (outside
-    Linux, on some network disks), this holds except for the moment between two renames, when the
-    old folder is at ``.NAME.*.old.tmp``.
+    After a kill at any moment `read_folder` finds at `path` what was there before or what was
+    written. A hidden folder, ``.NAME.*.tmp``, may be left within it or next to it.
 
     Parameters
     ----------
@@ -35,6 +43,9 @@ def written_folder(
     replaceable : sequence of str, optional
         The names of the files that a folder at `path` may hold and lose. It must hold the first of
         them, as the sign of who wrote it. By default, a folder at `path` must be empty.
+    last : str, optional
+        The name of the file that comes last into a folder that exists, so that programs that only
+        look for this file find the others too. By default it is the sign.
 
     Yields
     ------
@@ -48,58 +59,123 @@ def written_folder(
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     _check_replaceable(target, replaceable)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    is_new = not target.exists()
+    if is_new:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _temporary(target.parent if is_new else target, target)
     try:
         folder.mkdir()
         yield folder
         for file in (*folder.rglob("*"), folder):
             _flush(file)
-        _move(folder, target, replaceable)
+        if not is_new or not _moved_to_nothing(folder, target):
+            with _alone(target):
+                _finish(target, replaceable, last)
+                _check_replaceable(target, replaceable)  # another process may have been faster
+                os.rename(folder, target / PENDING)
+                _flush(target)
+                _finish(target, replaceable, last)
         _flush(target.parent)
     except OSError as error:
         # The error of a full disk names no file, and that of a refusal names the hidden folder.
         if error.errno is not None and str(error.filename or folder).startswith(str(folder)):
-            error.filename, error.filename2 = str(target), None
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what was written, or what was replaced
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_aside(path: str | os.PathLike) -> Path | None:
-    """Find where a kill between two renames left the folder of `path`, if it is missing now."""
-    target = Path(os.path.realpath(path))
-    if target.exists():
-        return None
-    return next(target.parent.glob(f".{glob.escape(target.name)}.*.old.tmp"), None)
+def read_folder(path: str | os.PathLike, read: Callable[[Path], T]) -> T:
+    """Read the files of a folder that `written_folder` writes, all of them old or all new.
+
+    Parameters
+    ----------
+    path : str or path
+    read : callable
+        A function of the folder that holds the files, which is `path` or a folder within it. It
+        raises an exception if the files do not belong together.
+
+    Returns
+    -------
+    result : object
+        What `read` returns.
+    """
+    path = Path(path)
+    while True:
+        before = _state(path)
+        pending = path / PENDING
+        try:
+            return read(pending if pending.is_dir() else path)
+        except Exception:  # the files may have been replaced in the meantime
+            if _state(path) == before:
+                raise
 
 
-def _move(folder: Path, target: Path, replaceable: Sequence[str] | None) -> None:
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """Describe which files are there, of the folder itself and of the one within it."""
+    states: list[tuple[str, int, int]] = []
+    for folder in (path / PENDING, path):
+        with suppress(OSError):
+            files = sorted(folder.iterdir())
+            stats = [(file.name, file.stat()) for file in files]
+            states += [(name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats]
+    return states
+
+
+def find_temporary(parent: Path, target: Path) -> Iterator[Path]:
+    """Find what kills while writing to a folder have left in another one, and nobody reads."""
+    return parent.glob(f".{glob.escape(target.name)}.*.tmp")
+
+
+def _temporary(parent: Path, target: Path) -> Path:
+    return parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+
+
+def _moved_to_nothing(folder: Path, target: Path) -> bool:
+    """Move a folder to where nothing is; return False if a folder is there by now."""
     try:
-        os.rename(folder, target)  # onto nothing, or onto an empty folder
+        os.rename(folder, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        _check_replaceable(target, replaceable)  # another process may have been faster
-        _exchange(folder, target)
+        return False
+    return True
 
 
-def _exchange(folder: Path, target: Path) -> None:
-    """Swap two folders at once where the system can, otherwise by three renames."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if hasattr(libc, "renameat2") and not libc.renameat2(
-            AT_FDCWD, os.fsencode(folder), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE
-        ):
-            return
-    aside = folder.with_suffix(".old.tmp")
-    os.rename(target, aside)
+def _finish(target: Path, replaceable: Sequence[str] | None, last: str) -> None:
+    """Copy the files that count to their places, and remove their folder."""
+    pending = target / PENDING
+    if not pending.is_dir():
+        return
+    last = last or (replaceable or [""])[0]
+    new = sorted(pending.iterdir(), key=lambda file: (file.name == last, file.name))
+    for file in new:
+        temporary = _temporary(target, target)
+        try:
+            os.link(file, temporary)
+        except OSError:  # not every file system has links
+            shutil.copyfile(file, temporary)
+            _flush(temporary)
+        os.replace(temporary, target / file.name)
+    for name in set(replaceable or ()) - {file.name for file in new}:
+        (target / name).unlink(missing_ok=True)
+    _flush(target)
+    aside = _temporary(target, target)
+    os.rename(pending, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Let writers to one folder on this machine wait for each other, if locks can be had."""
+    name = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"skqlora-folder-{name}.lock")
+    with suppress(OSError):  # the file is another user's, or there is no folder to write to
+        lock.acquire()
     try:
-        os.rename(folder, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    os.rename(aside, folder)
+        yield
+    finally:
+        lock.release()
 
 
 def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
@@ -110,7 +186,8 @@ def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
             f"Got path={str(target)!r}, which is a file. Wanted: a folder, or a path where nothing "
             "is yet."
         )
-    entries = sorted(target.iterdir())
+    left = set(find_temporary(target, target))
+    entries = sorted(entry for entry in target.iterdir() if entry not in left)
     if not entries:
         return
     if replaceable is None:
@@ -118,8 +195,9 @@ def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
             f"Got path={str(target)!r}, a folder that is not empty. Wanted: a path where nothing "
             "is yet, or an empty folder. `save` replaces an earlier one with overwrite=True."
         )
-    foreign = [e.name for e in entries if e.name not in replaceable or not e.is_file()]
-    missing = not (target / replaceable[0]).is_file()
+    names = [*replaceable, PENDING]
+    foreign = [e.name for e in entries if e.name not in names or e.is_dir() != (e.name == PENDING)]
+    missing = not any((place / replaceable[0]).is_file() for place in (target, target / PENDING))
     if foreign or missing:
         what = f"holds no {replaceable[0]!r}" if missing else f"holds {foreign[0]!r}"
         raise FileExistsError(

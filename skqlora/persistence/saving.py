@@ -12,7 +12,7 @@ from typing import Any
 from skqlora._utils.libraries import import_libraries
 from skqlora._utils.version import __version__
 from skqlora.adapter import Fitted
-from skqlora.persistence.folders import find_aside, written_folder
+from skqlora.persistence.folders import read_folder, written_folder
 from skqlora.persistence.model_card import model_card
 from skqlora.persistence.peft_format import write_adapter
 from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
@@ -52,7 +52,8 @@ def save(
         settings = replace(settings, model=model, revision=revision)
     adapter = replace(adapter, model=model, revision=revision)
     fitted = replace(fitted, adapter=adapter, settings=settings)
-    with written_folder(path, ALL_FILES if overwrite else None) as folder:
+    replaceable = ALL_FILES if overwrite else None
+    with written_folder(path, replaceable, last=FILES.manifest) as folder:
         write_adapter(
             folder,
             adapter.lora,
@@ -84,7 +85,7 @@ def load(
     fitted : Fitted
     """
     folder = _folder_of(path, revision)
-    params, fitted = read_classifier(folder)
+    params, fitted = read_folder(folder, read_classifier)
     unknown = params.keys() - set(known)
     if unknown:
         raise ValueError(
@@ -138,12 +139,6 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    aside = find_aside(folder)
-    if aside is not None:
-        raise NotADirectoryError(
-            f"Got path={str(folder)!r}, where nothing is: a write to it was cut off between two "
-            f"renames. What was there before may be {str(aside)!r}: if so, rename it."
-        )
     if folder.exists() or folder.is_absolute() or not REPOSITORY.fullmatch(os.fspath(path)):
         raise NotADirectoryError(
             f"Got path={str(folder)!r}, which is no folder. Wanted: one that `save` wrote, or the "

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from skqlora._utils.version import __version__
 from skqlora.adapter import AdapterState, TrainerState
-from skqlora.persistence.folders import written_folder
+from skqlora.persistence.folders import find_temporary, read_folder, written_folder
 from skqlora.persistence.saved_format import (
     checksum,
     naming_the_file,
@@ -181,7 +181,10 @@ class Checkpoints:
         ValueError
             If the checkpoint is damaged.
         """
-        path = self._folder / MANIFEST
+        return read_folder(self._folder, self._read)
+
+    def _read(self, folder: Path) -> Checkpoint | None:
+        path = folder / MANIFEST
         if not path.exists():
             return None
         text = path.read_bytes()
@@ -190,7 +193,7 @@ class Checkpoints:
             if manifest.pop("checksum", None) != checksum(manifest):
                 raise ValueError("its checksum is not that of its content")
             n_threads = typed(manifest, "n_threads", int)
-            tensors = read_tensors(self._folder / TENSORS, typed(manifest, "sha256", dict))
+            tensors = read_tensors(folder / TENSORS, typed(manifest, "sha256", dict))
             order = typed(manifest, "order", dict)
             order["state"]["key"] = tensors.pop("order")
             stopping = manifest["stopping"]
@@ -272,7 +275,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Delete the checkpoint once the fit is over, and what a kill during a write has left."""
-        for folder in (self._folder, *self._folder.parent.glob(f".{self._folder.name}.*.tmp")):
+        for folder in (self._folder, *find_temporary(self._folder.parent, self._folder)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
