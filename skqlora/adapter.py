@@ -1,8 +1,10 @@
 """The plain data that a fitted estimator keeps, so that unpickling one does not even load torch."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,21 @@ class AdapterState:
     def __post_init__(self):
         for array in (*self.lora_tensors.values(), *self.head_tensors.values()):
             array.setflags(write=False)
+
+    def find_base(self, model: str) -> str:
+        """Return where the base is: as the adapter's, if a relative path leads nowhere from here.
+
+        Parameters
+        ----------
+        model : str
+            The name of the base that the user gave.
+        """
+        path, known = Path(model), Path(self.model)
+        if path.is_absolute() or path.exists() or not known.is_absolute():
+            return model
+        parts = tuple(part for part in Path(os.path.normpath(path)).parts if part != os.pardir)
+        is_same = bool(parts) and known.parts[-len(parts) :] == parts
+        return self.model if is_same and known.is_dir() else model
 
     def __repr__(self) -> str:
         tensors = (*self.lora_tensors.values(), *self.head_tensors.values())

@@ -1,11 +1,15 @@
 """Every family takes a step, or is refused by its name before a weight is read."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 from helpers import make_backbone, make_classifier
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from skqlora.checkpoint.architecture import check_architecture
 
@@ -199,6 +203,39 @@ def test_offline_the_reason_is_that_of_what_is_in_the_cache(tmp_path, monkeypatc
         check_architecture("me/odd", None, quantized=True)
     with pytest.raises(ValueError, match=r"could not be read: It is not in the Hub's cache"):
         check_architecture("me/other", None, quantized=True)
+    with pytest.raises(ValueError, match=r"Its revision='v2' is not in the Hub's cache"):
+        check_architecture("me/odd", "v2", quantized=True)
+
+
+def test_offline_a_model_without_its_weights_is_named(tmp_path, monkeypatch, encoder, corpus):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--me--bert" / "snapshots" / "c0ffee"
+    shutil.copytree(encoder, snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (tmp_path / "models--me--bert" / "refs").mkdir()
+    (tmp_path / "models--me--bert" / "refs" / "main").write_text("c0ffee")
+    with pytest.raises(ValueError, match=r"weights .* are not in the Hub's cache.*`hf download"):
+        make_classifier("me/bert").fit(*corpus)
+
+
+def test_an_empty_name_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"Got model=''\. Wanted: a folder"):
+        make_classifier("").fit(*corpus)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+def test_an_adapter_next_to_the_model_is_left_alone(tmp_path, decoder, corpus):
+    expected = make_classifier(decoder, num_train_epochs=1).fit(*corpus).predict_proba(corpus[0])
+    shutil.copytree(decoder, tmp_path / "both")
+    base = transformers.AutoModel.from_pretrained(decoder)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    torch.nn.init.ones_(model.base_model.model.layers[0].self_attn.q_proj.lora_B.default.weight)
+    save_file(get_peft_model_state_dict(model), tmp_path / "both" / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(tmp_path / "both")
+    clf = make_classifier(str(tmp_path / "both"), num_train_epochs=1)
+    with pytest.warns(UserWarning, match=r"holds an adapter of PEFT .* It is not read\."):
+        clf.fit(*corpus)
+    np.testing.assert_array_equal(clf.predict_proba(corpus[0]), expected)
 
 
 def test_address_of_the_hub_is_no_id():

@@ -545,3 +545,28 @@ def test_load_while_another_process_saves(fitted, tmp_path):
             seen.add(QLoRAClassifier.load(path).n_samples_seen_)
     assert writer.returncode == 0
     assert seen == {fitted.n_samples_seen_, 12345}
+
+
+def test_relative_path_of_a_base_is_found_from_another_folder(
+    encoder, corpus, tmp_path, monkeypatch
+):
+    shutil.copytree(encoder, tmp_path / "here" / "models" / "base")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    clf = make_classifier("./models/base", num_train_epochs=1).fit(*corpus)
+    expected = clf.predict_proba(corpus[0])
+    clf.save("saved")
+    joblib.dump(clf, "clf.joblib")
+    monkeypatch.chdir(tmp_path / "there")
+    np.testing.assert_array_equal(clf.predict_proba(corpus[0]), expected)
+    clf.save("again")
+    for again in (
+        QLoRAClassifier.load("../here/saved"),
+        QLoRAClassifier.load("again"),
+        joblib.load("../here/clf.joblib"),
+    ):
+        assert again.get_params()["model"] == "./models/base"
+        np.testing.assert_array_equal(again.predict_proba(corpus[0]), expected)
+        again.set_params(warm_start=True).fit(*corpus)
+    with pytest.raises(ValueError, match="is a folder that does not exist"):
+        clf.set_params(model="./models/other").predict(corpus[0])

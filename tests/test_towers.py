@@ -252,6 +252,22 @@ def test_damaged_files_are_named(tmp_path, model_type, name, content, message):
         make_backbone(str(tmp_path))
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llama", "bert"])
+def test_tensor_of_another_shape_is_named(tmp_path, model_type):
+    save = tiny.save_whole if model_type == "llava" else tiny.save_model
+    save(tmp_path, model_type)
+    tables = "embed_tokens.weight", "word_embeddings.weight"
+
+    def cut(tensors):
+        name = next(name for name in tensors if name.endswith(tables))
+        tensors[name] = tensors[name][:100].clone()
+
+    change_tensors(tmp_path, cut)
+    message = r"embed\w*\.weight' in '.*model\.safetensors' is of shape \(100, 64\), and config"
+    with pytest.raises(ValueError, match=message):
+        make_backbone(str(tmp_path))
+
+
 def test_folder_without_weights(tmp_path):
     tiny.save_whole(tmp_path, "llava")
     (tmp_path / "model.safetensors").unlink()

@@ -1,6 +1,7 @@
 """A model's configuration on disk or on the Hub, and the commit that it is of."""
 
 import functools
+import warnings
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
@@ -48,13 +49,27 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
     except Exception as error:  # hub, network, JSON and registry errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = "It is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
+            what = "It" if revision is None else f"Its revision={revision!r}"
+            reason = (
+                f"{what} is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
+            )
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
             "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
             "('organisation/name') that transformers knows without running code from its "
             "repository."
         ) from error
+
+
+def warn_of_adapter(model: str) -> None:
+    """Warn if a folder holds an adapter of PEFT next to the model, which transformers would add."""
+    if (Path(model) / "adapter_config.json").is_file():
+        warnings.warn(
+            f"model={model!r} holds an adapter of PEFT next to the model (adapter_config.json). It "
+            "is not read. To train on top of it, merge it into the model "
+            "(`merge_and_unload`) and save that; otherwise remove its files.",
+            stacklevel=2,
+        )
 
 
 def _other_folder(folder: Path) -> str:

@@ -1,17 +1,19 @@
 """Reading a base from disk: its text model alone, quantized while it is read."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Params4bit
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora.checkpoint.architecture import Architecture
-from skqlora.checkpoint.configuration import read_config
+from skqlora.checkpoint.configuration import read_config, warn_of_adapter
 from skqlora.checkpoint.experts import expert_matrices, quantize_matrices, use_packed_experts
 from skqlora.checkpoint.fingerprint import Fingerprint, fingerprint_base
 from skqlora.checkpoint.modules import NoRandomInit, drop_pooler
@@ -51,24 +53,15 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, Fingerprint]:
         of the architecture, if the folder changes meanwhile, or if the base does not fit on the
         GPUs here.
     """
-    whole = read_config(spec.model, spec.revision)  # raises with a remedy if a folder is gone
-    architecture = spec.architecture()
-    files = weight_files(spec.model, spec.revision)
-    names = tensor_names(files)
-    weights = None
-    if not architecture.whole:
-        weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
-    places = _places(architecture, weights, names)
-    if weights is not None:
-        names = list(places)
-    fingerprint = fingerprint_base(architecture.config, files, places)
-    if is_packed(architecture.stored_quantization):
-        module, loading = _read_packed(spec, architecture, weights, files, names)
+    warn_of_adapter(spec.model)
+    source = _Source.of(spec)
+    fingerprint = fingerprint_base(source.architecture.config, source.files, source.places)
+    if is_packed(source.architecture.stored_quantization):
+        module, loading = _read_packed(source)
     else:
-        if architecture.stored_quantization:
-            check_scales(files, names, spec.model)
-        config = architecture.config
-        module, loading = _read(spec, config, architecture, weights)
+        if source.architecture.stored_quantization:
+            check_scales(source.files, list(source.places), spec.model)
+        module, loading = _read(source, source.architecture.config)
     _check_all_on_gpus(spec, module)
     if describe_files(spec.model) != spec.files:
         raise ValueError(
@@ -76,31 +69,72 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, Fingerprint]:
             "stay as they are. Call again once they are written."
         )
     _check_missing_weights(spec.model, module, loading["missing_keys"])
-    _check_packed_shapes(spec.model, module, architecture.skeleton)
-    if weights is not None:
-        weights.check_unread(loading["unexpected_keys"], spec.model)
+    _check_packed_shapes(spec.model, module, source.architecture.skeleton)
+    if source.weights is not None:
+        source.weights.check_unread(loading["unexpected_keys"], spec.model)
     return module, fingerprint
 
 
-def _places(
-    architecture: Architecture, weights: TextWeights | None, names: list[str]
-) -> dict[str, str]:
-    """Return the names of the tensors that are read, and their places in the text model."""
-    here = weights or TextWeights(architecture.skeleton, [], "")
-    places = here.places(names)
-    if architecture.stored_quantization:  # beside a weight there are its constants
-        return places
-    known = architecture.skeleton.state_dict()
-    return {name: place for name, place in places.items() if place in known}
+@dataclass(frozen=True)
+class _Source:
+    """What is read of a checkpoint.
+
+    Attributes
+    ----------
+    spec : BackboneSpec
+    architecture : Architecture
+    files : list of Path
+        The safetensors files.
+    weights : TextWeights or None
+        Where the text model is, or None if the checkpoint is of the text model alone.
+    places : dict of str to str
+        The names of the tensors that are read, and their places in the text model.
+    """
+
+    spec: BackboneSpec
+    architecture: Architecture
+    files: list[Path]
+    weights: TextWeights | None
+    places: dict[str, str]
+
+    @classmethod
+    def of(cls, spec: BackboneSpec) -> "_Source":
+        """Find the tensors of the text model in the files of a checkpoint."""
+        whole = read_config(spec.model, spec.revision)  # raises with a remedy if a folder is gone
+        architecture = spec.architecture()
+        files = weight_files(spec.model, spec.revision)
+        names = tensor_names(files)
+        weights = None
+        if not architecture.whole:
+            weights = TextWeights.locate(architecture.skeleton, whole, names, spec.model)
+        here = weights or TextWeights(architecture.skeleton, [], "")
+        places = here.places(names)
+        if not architecture.stored_quantization:
+            known = architecture.skeleton.state_dict()
+            places = {name: place for name, place in places.items() if place in known}
+        elif weights is None:  # the constants of quantized weights have no place
+            places = {name: name for name in names}
+        return cls(spec, architecture, files, weights, places)
+
+    def describe_misfit(self) -> str:
+        """Name a tensor whose shape is not that of its place, and its file, if there is one."""
+        state = self.architecture.skeleton.state_dict()
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(self.places.keys() & set(file.keys())):
+                    has, place = file.get_slice(name).get_shape(), self.places[name]
+                    wanted = state[place].shape if place in state else has
+                    if tuple(has) != tuple(wanted):
+                        return (
+                            f": {name!r} in {str(path)!r} is of shape {tuple(has)}, and "
+                            f"config.json says {tuple(wanted)}"
+                        )
+        return ""
 
 
-def _read(
-    spec: BackboneSpec,
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    weights: TextWeights | None,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read(source: _Source, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Let transformers read the text model; return it, and what it says of the names."""
+    spec, architecture, weights = source.spec, source.architecture, source.weights
     text_class = type(architecture.skeleton)
     read_class: Any = text_class if weights is None else weights.readable_class()
     with (
@@ -117,6 +151,7 @@ def _read(
                 **_placement(spec),
                 attn_implementation=spec.attn_implementation,
                 use_safetensors=True,
+                adapter_kwargs={"subfolder": "no adapter"},  # else it is read with the model
                 output_loading_info=True,
             )
         except torch.OutOfMemoryError:
@@ -124,33 +159,29 @@ def _read(
         except RuntimeError as error:  # shapes that do not fit
             raise ValueError(
                 f"model={spec.model!r}: the tensors of the checkpoint do not have the names and "
-                f"shapes of {text_class.__name__}. Wanted: a complete checkpoint of the "
-                "architecture that its config.json names, as transformers 5 writes it."
+                f"shapes of {text_class.__name__}{source.describe_misfit()}. Wanted: "
+                "a complete checkpoint of the architecture that its config.json names, as "
+                "transformers 5 writes it."
             ) from error
     module.__class__ = text_class
     return module, loading
 
 
-def _read_packed(
-    spec: BackboneSpec,
-    architecture: Architecture,
-    weights: TextWeights | None,
-    files: list[Path],
-    names: list[str],
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read_packed(source: _Source) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read a checkpoint that bitsandbytes packed, and pack its experts, which it left in 16 bits.
 
     Which linear layers it left in 16 bits, too, is told by the tensors. config.json names them as
     they are in the whole model.
     """
+    spec, architecture = source.spec, source.architecture
     packed = find_packed_weights(
-        files,
-        names,
+        source.files,
+        list(source.places),
         model=spec.model,
         quantization=spec.quantization,
         double_quant=spec.double_quant,
     )
-    here = weights or TextWeights(architecture.skeleton, [], "")
+    here = source.weights or TextWeights(architecture.skeleton, [], "")
     places = set(here.renamed(packed).values())
     linear = (name for name, m in architecture.skeleton.named_modules() if type(m) in LINEAR)
     config = copy.deepcopy(architecture.config)
@@ -158,7 +189,7 @@ def _read_packed(
         "bnb_4bit_compute_dtype": spec.compute_dtype,
         "llm_int8_skip_modules": [name for name in linear if f"{name}.weight" not in places],
     }
-    module, loading = _read(spec, config, architecture, weights)
+    module, loading = _read(source, config)
     for part in module.modules():
         matrices = expert_matrices(part)
         for name, parameter in part.named_parameters(recurse=False):

@@ -71,9 +71,14 @@ class BackboneSpec:
         ValueError
             If there is no such device, or it cannot compute in that precision.
         """
+        if not parameters.model:
+            raise ValueError(
+                "Got model=''. Wanted: a folder, or a model id of the Hugging Face Hub."
+            )
         device = resolve_device(parameters.device, here=here)
-        files = describe_files(parameters.model)
-        model = str(files[0]) if files else parameters.model  # the same however the path is written
+        found = parameters.model if adapter is None else adapter.find_base(parameters.model)
+        files = describe_files(found)
+        model = str(files[0]) if files else found  # the same however the path is written
         if adapter is not None and adapter.revision is not None and adapter.model == model:
             revision = adapter.revision
         else:

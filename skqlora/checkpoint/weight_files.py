@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
@@ -18,6 +19,12 @@ def weight_files(model: str, revision: str | None) -> list[Path]:
         raise ValueError(
             f"model={model!r} holds a config.json but no weights. Wanted: all files of a model, as "
             "`hf download organisation/name --local-dir folder` fetches them."
+        )
+    if index is None and not Path(model).is_dir() and is_offline_mode():
+        raise ValueError(
+            f"model={model!r}: its weights (model.safetensors) are not in the Hub's cache, and "
+            "this process is offline (HF_HUB_OFFLINE). Wanted: all of its files, as "
+            f"`hf download {model}` fetches them."
         )
     if index is None:
         raise ValueError(

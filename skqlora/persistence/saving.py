@@ -50,7 +50,10 @@ def save(
     settings = fitted.settings
     if settings is not None:
         settings = replace(settings, model=model, revision=revision)
-    adapter = replace(adapter, model=model, revision=revision)
+    base = adapter.find_base(model)
+    if os.path.isdir(base):
+        base = os.path.realpath(base)  # for those who load it from another current folder
+    adapter = replace(adapter, model=base, revision=revision)
     fitted = replace(fitted, adapter=adapter, settings=settings)
     replaceable = ALL_FILES if overwrite else None
     with written_folder(path, replaceable, last=FILES.manifest) as folder:
