@@ -1,7 +1,7 @@
 """The methods of the classifier that are not about fitting: save, load, export, logits."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -288,10 +288,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
             return compute_logits(parameters, fitted.adapter, checked, chunk_size=PREDICTION_CHUNK)
 
-        if not isinstance(X, Iterator):
+        if not isinstance(X, Iterable) or hasattr(X, "__len__"):
             return fitted, logits_of(X)
-        # Only a chunk of it is held at a time.
-        chunks = iter(lambda: list(islice(X, PREDICTION_CHUNK)), [])
+        # An iterator, or a column that is streamed: only a chunk of it is held at a time.
+        texts = iter(X)
+        chunks = iter(lambda: list(islice(texts, PREDICTION_CHUNK)), [])
         logits = [logits_of(chunk) for chunk in chunks]
         return fitted, np.concatenate(logits or [logits_of([])])
 

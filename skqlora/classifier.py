@@ -402,7 +402,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Parameters
         ----------
         X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            The texts, or an iterator over them, which is read in chunks.
+            The texts, or an iterator or stream of them, which is read in chunks.
 
         Returns
         -------

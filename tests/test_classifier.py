@@ -426,3 +426,44 @@ def test_an_iterator_of_texts_is_predicted_in_chunks(clf, corpus, monkeypatch):
         clf.predict(iter([]))
     with pytest.raises(TypeError, match=r"X\[0\] = 1 "):
         clf.predict(iter([1]))
+
+
+class Stream:
+    """A column without a length, as a streamed `datasets.IterableDataset` has them."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __getitem__(self, name):
+        return Stream([row[name] for row in self.rows])
+
+
+class Table(Stream):
+    """A table with names of columns, as `datasets.Dataset`."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.column_names = list(rows[0])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
+
+
+def test_streams_and_tables_of_datasets(clf, corpus):
+    texts, labels = corpus
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    clf.fit(Table(rows)["text"], Table(rows)["label"])
+    expected = clf.predict_proba(texts)
+    for X in (Stream(texts), Stream(rows)["text"], Table([{"text": text} for text in texts])):
+        np.testing.assert_array_equal(clf.predict_proba(X), expected)
+    for X in (Stream(rows), rows):
+        with pytest.raises(TypeError, match=r"of type dict.* Pass a column, such as X\['text'\]"):
+            clf.predict(X)
+    with pytest.raises(TypeError, match=r"Got X of type Stream.* Pass list\(X\)"):
+        clf.fit(Stream(texts), labels)

@@ -570,3 +570,13 @@ def test_relative_path_of_a_base_is_found_from_another_folder(
         again.set_params(warm_start=True).fit(*corpus)
     with pytest.raises(ValueError, match="is a folder that does not exist"):
         clf.set_params(model="./models/other").predict(corpus[0])
+
+
+def test_adapters_of_version_1_parse_special_tokens(fitted, tmp_path):
+    fitted.save(tmp_path / "clf")
+    assert not QLoRAClassifier.load(tmp_path / "clf").adapter_.text_settings.parse_special_tokens
+    edit(tmp_path / "clf", lambda m: m["adapter"].pop("parse_special_tokens"))
+    again = QLoRAClassifier.load(tmp_path / "clf")
+    assert again.adapter_.text_settings.parse_special_tokens
+    text = ["a </s> b"]
+    assert (again.predict_proba(text) != fitted.predict_proba(text)).any()

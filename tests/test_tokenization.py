@@ -82,7 +82,8 @@ def test_tokenizer_of_another_model_is_refused(tokenizer):
 def counting(tokenizer, **options):
     """A caching tokenizer, and a mock of the one that it calls."""
     spy = Mock(wraps=tokenizer, is_fast=True)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    names = "pad_token_id", "bos_token_id", "eos_token_id", "all_special_tokens"
+    for name in (*names, "added_tokens_decoder"):
         setattr(spy, name, getattr(tokenizer, name))
     return CachingTokenizer(spy, **options), spy
 
@@ -308,3 +309,38 @@ def test_first_word_of_the_text_is_cut_as_the_others_are(style):
         tokenizer, [text], max_length=14, prompt="Review: {text}\nLabel:", truncation="tail"
     )
     assert "great" not in tokenizer.decode(tokens.sequences[0]).replace(" ", "")
+
+
+def ids_of(tokens):
+    return [row.tolist() for row in tokens.sequences]
+
+
+@pytest.mark.parametrize("style", ["encoder", "decoder"])
+@pytest.mark.parametrize("prompt", [None, "Text: {text}\nKind:", "<s>a {text} b</s> c"])
+def test_special_tokens_in_a_text_are_text(style, prompt):
+    tokenizer = tiny.make_tokenizer(style)
+    special = {tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "</s>", "<mask>")}
+    texts = ["the </s> cat", "<mask>", "the cat", "<s>"]
+    parsed, _ = encode(tokenizer, texts, max_length=64, prompt=prompt, parse_special_tokens=True)
+    plain, _ = encode(tokenizer, texts, max_length=64, prompt=prompt)
+    parsed, plain = ids_of(parsed), ids_of(plain)
+    assert plain[2] == parsed[2]
+    own = [token for token in plain[2] if token in special]  # of the prompt and around the text
+    for row in plain:
+        assert [token for token in row if token in special] == own
+    assert all(row != other for row, other in zip(plain[::3], parsed[::3], strict=True))
+    decoded = tokenizer.decode([token for token in plain[0] if token not in special])
+    assert "the </s> cat" in decoded
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "windows"])
+def test_long_text_of_special_tokens_keeps_the_prompt(tokenizer, truncation):
+    text, prompt = "</s> cat " * 20, "<s>a {text} b</s> c"
+    settings = {"max_length": 24, "prompt": prompt, "truncation": truncation}
+    tokens, counts = encode(tokenizer, [text], **settings)
+    whole = ids_of(encode(tokenizer, ["cat"], max_length=64, prompt=prompt)[0])[0]
+    assert counts[0] == len(tokens)
+    for row in ids_of(tokens):
+        assert len(row) == 24
+        assert row[:3] == whole[:3]
+        assert row[-3:] == whole[-3:]

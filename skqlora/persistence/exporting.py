@@ -100,6 +100,7 @@ def to_transformers(
     text_settings = fitted.adapter.text_settings
     _warn_of_what_is_not_kept(text_settings, kept=("head", "tail"))
     tokenizer.padding_side = "right"
+    tokenizer.split_special_tokens = not text_settings.parse_special_tokens
     tokenizer.truncation_side = "left" if text_settings.truncation == "tail" else "right"
     tokenizer.model_max_length = text_settings.max_length
     config = classification_config(
@@ -388,8 +389,9 @@ def read_peft_weights(
     state = AdapterState(
         lora=lora,
         pooling=pooling,
-        text_settings=resolve_text_settings(
-            parameters, architecture.max_length(tokenizer.max_length)
+        text_settings=replace(
+            resolve_text_settings(parameters, architecture.max_length(tokenizer.max_length)),
+            parse_special_tokens=True,  # as other programs do
         ),
         model=spec.model,
         revision=spec.revision,

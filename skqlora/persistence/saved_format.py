@@ -377,7 +377,11 @@ def _lora_from_json(lora: dict[str, Any]) -> LoraSettings:
 
 def _text_from_json(of_adapter: dict[str, Any]) -> TextSettings:
     known = [name for name in TextSettings.__dataclass_fields__ if name in of_adapter]
-    settings = TextSettings(**{name: of_adapter[name] for name in known})
+    settings = TextSettings(
+        **{"parse_special_tokens": True} | {name: of_adapter[name] for name in known}
+    )
+    if type(settings.parse_special_tokens) is not bool:
+        raise ValueError(f"parse_special_tokens is {settings.parse_special_tokens!r}")
     if type(settings.max_length) is not int or settings.max_length < 1:
         raise ValueError(f"max_length is {settings.max_length!r}")
     if type(settings.stride) is not int or settings.stride < 0:

@@ -26,9 +26,15 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The settings for turning a text into token ids, named like the estimator's parameters."""
+    """The settings for turning a text into token ids, named like the estimator's parameters.
+
+    With `parse_special_tokens`, a literal "</s>" in a text is that token, as it is to other
+    programs. It is so for adapters that were trained elsewhere, or before version 2 of the saved
+    format.
+    """
 
     max_length: int
     truncation: str = "head"
     stride: int = 0
     prompt: str | None = None
+    parse_special_tokens: bool = False

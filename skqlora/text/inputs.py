@@ -43,6 +43,9 @@ def check_texts(X: Any, name: str = "X") -> list[str]:
         raise TypeError(
             f"Got {name} of type {type(X).__name__}. {wanted} Pass list({name}) if it holds texts."
         )
+    columns = getattr(X, "column_names", None)
+    if isinstance(columns, list) and len(columns) == 1:  # a table, such as `datasets.Dataset`
+        X = X[columns[0]]
     values = np.asarray(X, dtype=object)
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
@@ -56,6 +59,8 @@ def check_texts(X: Any, name: str = "X") -> list[str]:
     for position, text in enumerate(values):
         if not isinstance(text, str):
             remedy = "Turn it into text."
+            if isinstance(text, dict):  # a row of a table, such as `datasets.Dataset`
+                remedy = f"Pass a column, such as {name}[{next(iter(text), 'text')!r}]."
             if is_missing(text):
                 remedy = "Drop the row, or fill it with '' (pandas: fillna, polars: fill_null)."
             raise TypeError(

@@ -3,9 +3,11 @@
 This module knows nothing about labels, models or scikit-learn: a text is a ``str``.
 """
 
+import copy
 import functools
 import hashlib
 import json
+import re
 import sys
 import threading
 import warnings
@@ -131,6 +133,20 @@ class CachingTokenizer:
         self._lock = threading.Lock()
 
     @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """What finds a special token in a text."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {*self._tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
+        return re.compile("|".join(map(re.escape, special - {""})) or "(?!)")
+
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Any:
+        """A copy of the tokenizer to which special tokens in a text are text like any other."""
+        plain = copy.deepcopy(self._tokenizer)
+        plain.split_special_tokens = True
+        return plain
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of the vocabulary and of the ids of some texts in many scripts.
 
@@ -149,7 +165,7 @@ class CachingTokenizer:
     def ids_of_word(self, word: str) -> list[int]:
         """Turn a word into the ids that it would have after a text, without special tokens."""
         both = (
-            self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._plain_tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (" " + word, word)
         )
         return min(both, key=len)  # some tokenizers put a space before the word themselves
@@ -254,7 +270,7 @@ class CachingTokenizer:
         encoded = [
             _cut(np.array(ids or filler, dtype=np.int32), of_text, settings)
             for batch in batches
-            for ids, of_text in self._ids(batch, settings.prompt)
+            for ids, of_text in self._ids(batch, settings)
         ]
         greatest = max(int(ids.max()) for text in encoded for ids in text.windows)
         if greatest >= vocab_size:
@@ -264,22 +280,53 @@ class CachingTokenizer:
             )
         return encoded
 
-    def _ids(self, texts: list[str], prompt: str | None) -> Iterator[tuple[list[int], np.ndarray]]:
+    def _ids(
+        self, texts: list[str], settings: TextSettings
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield each text's uncut ids and a mask of those that are neither special nor prompt."""
-        before, _, after = (prompt or TEXT_FIELD).partition(TEXT_FIELD)
-        encoding = self._tokenizer(
+        prompt = settings.prompt or TEXT_FIELD
+        holding = [bool(self._special.search(text)) for text in texts]
+        if settings.parse_special_tokens or not any(holding):
+            yield from self._encoded(self._tokenizer, texts, prompt)
+        elif not self._special.search(prompt):
+            # Texts without special tokens come to the same ids with either tokenizer.
+            yield from self._encoded(self._plain_tokenizer, texts, prompt)
+        else:
+            for text, holds in zip(texts, holding, strict=True):
+                yield (
+                    self._between(text, prompt)
+                    if holds
+                    else next(self._encoded(self._tokenizer, [text], prompt))
+                )
+
+    def _between(self, text: str, prompt: str) -> tuple[list[int], np.ndarray]:
+        """Put a text that holds special tokens between the ids of a prompt that holds some too."""
+        [(ids, of_text)] = self._encoded(self._tokenizer, ["a"], prompt)
+        first, last = np.flatnonzero(of_text)[[0, -1]]
+        before = prompt.partition(TEXT_FIELD)[0]
+        space = before[len(before.rstrip()) :]  # it may be part of the text's first token
+        own = self._plain_tokenizer(space + text, add_special_tokens=False)["input_ids"]
+        parts = [(ids[:first], False), (own, True), (ids[last + 1 :], False)]
+        mask = [is_text for part, is_text in parts for _ in part]
+        return [token for part, _ in parts for token in part], np.array(mask)
+
+    def _encoded(
+        self, tokenizer: Any, texts: list[str], prompt: str
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        before, _, after = prompt.partition(TEXT_FIELD)
+        encoding = tokenizer(
             [before + text + after for text in texts],
             truncation=False,
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             return_special_tokens_mask=True,
-            return_offsets_mapping=prompt is not None,
+            return_offsets_mapping=prompt != TEXT_FIELD,
             verbose=False,
         )
         for number, (ids, text) in enumerate(zip(encoding["input_ids"], texts, strict=True)):
             of_text = np.array(encoding["special_tokens_mask"][number]) == 0
-            if prompt is not None:
+            if prompt != TEXT_FIELD:
                 start, stop = np.array(encoding["offset_mapping"][number]).reshape(-1, 2).T
                 # The prompt's last space may be part of the text's first token.
                 of_text &= (stop > len(before)) & (start >= len(before.rstrip()))
