@@ -9,12 +9,14 @@ from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import validate_parameter_constraints
 from sklearn.utils.validation import check_is_fitted
 
 from skqlora._utils.libraries import import_libraries
 from skqlora.adapter import Fitted
 from skqlora.persistence import saving
 from skqlora.persistence.folders import written_folder
+from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.parameters import read_parameters
 from skqlora.text.inputs import (
     LabelledTexts,
@@ -29,6 +31,16 @@ PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
 DOC_LINK = "https://skqlora.readthedocs.io/stable/generated/skqlora.{estimator_name}.html"
 
 
+PARAMETERS_OF_THE_BASE = (
+    "model",
+    "revision",
+    "quantization",
+    "double_quant",
+    "compute_dtype",
+    "device",
+    "attn_implementation",
+    "verbose",
+)
 # The attributes of a fitted estimator, by the names of their values in `Fitted`.
 ATTRIBUTES = {field.name: f"{field.name}_" for field in fields(Fitted)} | {
     "random_seed": "_random_seed_",
@@ -278,7 +290,10 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def _compute_logits(self, X: Any) -> tuple[Fitted, np.ndarray]:
         """Return the fit, and its logits of shape (n_texts, n_outputs)."""
         fitted = self._get_fitted()
-        self._validate_params()
+        # As in scikit-learn, parameters of the fit are not looked at; here only those of the base.
+        asked = {name: getattr(self, name) for name in PARAMETERS_OF_THE_BASE}
+        constraints = {name: PARAMETER_CONSTRAINTS[name] for name in asked}
+        validate_parameter_constraints(constraints, asked, type(self).__name__)
         parameters = read_parameters(self)
 
         def logits_of(texts: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.bnb import Linear4bit
+from torch import nn
 
 
 class FusedLinear4bit(Linear4bit):
@@ -27,9 +28,12 @@ class FusedLinear4bit(Linear4bit):
             or self.merged
         ):
             return super().forward(x, *args, **kwargs)
-        down = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)
+        lower: Any = self.lora_A[adapter]
+        upper: Any = self.lora_B[adapter]
+        dropped = self.lora_dropout[adapter](x) if self.training else x
+        # A call of a module costs as much as the product of one short text.
+        down = nn.functional.linear(dropped, lower.weight).flatten(0, -2)
         # (n_rows * n_tokens, out_features): addmm_ adds to a matrix
         output = self.base_layer(x.flatten(0, -2), *args, **kwargs)
-        up: Any = self.lora_B[adapter]
-        output.addmm_(down, up.weight.t(), alpha=self.scaling[adapter])
+        output.addmm_(down, upper.weight.t(), alpha=self.scaling[adapter])
         return output.unflatten(0, x.shape[:-1])

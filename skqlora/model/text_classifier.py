@@ -50,14 +50,13 @@ class TextClassifierModel(nn.Module):
         self.lora = lora
         self.pooling = pooling
         self.encoder = replica.module
-        self.head = nn.utils.skip_init(
-            nn.Linear,
+        self.head = nn.Linear(
             backbone.hidden_size,
             n_classes,
             bias=pooling != "last",  # transformers' heads of decoders have none
             dtype=torch.float32,
-            device=backbone.spec.device,
-        )
+            device="meta",  # it draws no random numbers there
+        ).to_empty(device=backbone.spec.device)
         self._dropouts: list[RowDropout] = []
         self.head.eval()
         self.training = False  # like all of the replica

@@ -1,5 +1,6 @@
 """The parameters of a fit that are plain values, with their types."""
 
+import functools
 import os
 from dataclasses import dataclass
 from numbers import Integral
@@ -72,9 +73,14 @@ def read_parameters(estimator: object) -> Parameters:
     -------
     parameters : Parameters
     """
-    hints = get_type_hints(Parameters)
+    hints = _hints()
     values = {name: _plain(getattr(estimator, name), hint) for name, hint in hints.items()}
     return Parameters(**values)
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Parameters)
 
 
 def _plain(value: Any, hint: Any) -> Any:
