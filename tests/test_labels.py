@@ -130,5 +130,13 @@ def test_labels_that_end_in_zeros_stay_apart(clf, corpus):
 
 @pytest.mark.parametrize("y", [[2**63, -1], [2**70, 1], pd.Series([2**70, 1], dtype=object)])
 def test_integers_beyond_64_bits_are_named(clf, y):
-    with pytest.raises(ValueError, match=r"beyond integers of 64 bits, e\.g\. \d+\."):
+    with pytest.raises(ValueError, match=r"beyond signed integers of 64 bits, e\.g\. \d+\."):
         clf.fit(["a", "b"], y)
+
+
+def test_classes_of_a_list_have_one_dtype(clf, corpus):
+    texts, labels = corpus
+    fitted = clf.fit(texts, list(labels)).classes_.dtype
+    other = make_classifier(clf.model, num_train_epochs=1)
+    other.partial_fit(texts, list(labels), classes=sorted(set(labels)))
+    assert fitted == other.classes_.dtype == np.dtype("<U6")

@@ -167,3 +167,21 @@ def test_weights_near_the_greatest_float(encoder, corpus, class_weight):
     else:
         with pytest.raises(ValueError, match="too large for float64"):
             clf.fit(*corpus, sample_weight=weights)
+
+
+@pytest.mark.parametrize(("first", "later"), [(1.0, 1e30), (1e300, 1e-300), (1e-300, 1.0)])
+def test_pieces_whose_weights_have_another_scale_are_refused(encoder, corpus, first, later):
+    texts, labels = corpus
+    clf = make_classifier(encoder)
+    clf.partial_fit(texts, labels, np.unique(labels), np.full(48, first))
+    before = trained_values(clf)
+    with pytest.raises(ValueError, match=r"Wanted: weights of one scale in all calls\."):
+        clf.partial_fit(texts, labels, sample_weight=np.full(48, later))
+    np.testing.assert_array_equal(trained_values(clf), before)
+
+
+def test_integers_beyond_floats_as_weights_are_refused(encoder, corpus):
+    with pytest.raises(ValueError, match="sample_weight that is not all numbers"):
+        make_classifier(encoder).fit(*corpus, sample_weight=[10**400] * 48)
+    with pytest.raises(ValueError, match="in class_weight"):
+        make_classifier(encoder, class_weight={"animal": 10**400}).fit(*corpus)

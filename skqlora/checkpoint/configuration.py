@@ -1,6 +1,7 @@
 """A model's configuration on disk or on the Hub, and the commit that it is of."""
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -47,17 +48,17 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # hub, network, JSON and registry errors share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join((str(error) or type(error).__name__).split())[:400]
         if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
             what = "It" if revision is None else f"Its revision={revision!r}"
             reason = (
                 f"{what} is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
             )
         raise ValueError(
-            f"model={model!r} could not be read: {reason} Wanted: a local folder (if it has "
-            "moved: clf.set_params(model=folder)), or a model id of the Hugging Face Hub "
-            "('organisation/name') that transformers knows without running code from its "
-            "repository."
+            f"model={model!r} could not be read: {reason} Wanted: a local folder (relative paths "
+            f"start at {os.getcwd()!r}; if it has moved: clf.set_params(model=folder)), or a "
+            "model id of the Hugging Face Hub ('organisation/name') that transformers knows without running "
+            "code from its repository."
         ) from error
 
 

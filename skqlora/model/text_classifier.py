@@ -331,7 +331,8 @@ def check_base(backbone: Backbone, adapter: AdapterState) -> None:
         raise ValueError(
             f"model={backbone.spec.model!r} (fingerprint {found[:12]}) is not "
             f"the base that was fitted (fingerprint {adapter.fingerprint[:12]}). "
-            "Set `model` back to that base, or call `fit` with warm_start=False."
+            f"That was {adapter.model!r} when it was fitted. Set `model` back to that base, or "
+            "call `fit` with warm_start=False."
         )
 
 

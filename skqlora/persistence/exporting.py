@@ -100,7 +100,8 @@ def to_transformers(
     text_settings = fitted.adapter.text_settings
     _warn_of_what_is_not_kept(text_settings, kept=("head", "tail"))
     tokenizer.padding_side = "right"
-    tokenizer.split_special_tokens = not text_settings.parse_special_tokens
+    in_prompt = any(token in (text_settings.prompt or "") for token in tokenizer.all_special_tokens)
+    tokenizer.split_special_tokens = not (text_settings.parse_special_tokens or in_prompt)
     tokenizer.truncation_side = "left" if text_settings.truncation == "tail" else "right"
     tokenizer.model_max_length = text_settings.max_length
     config = classification_config(

@@ -57,6 +57,8 @@ def written_folder(
         If something else is at `path` (FileExistsError, NotADirectoryError), or the folder cannot
         be written. What is at `path` stays as it is.
     """
+    if not os.fspath(path):
+        raise ValueError("Got path=''. Wanted: a folder; the current one is '.'.")
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     _check_replaceable(target, replaceable)
     is_new = not target.exists()
@@ -115,10 +117,13 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
     """Describe which files are there, of the folder itself and of the one within it."""
     states: list[tuple[str, int, int]] = []
     for folder in (path / PENDING, path):
+        files: list[Path] = []
         with suppress(OSError):
             files = sorted(folder.iterdir())
-            stats = [(file.name, file.stat()) for file in files]
-            states += [(name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats]
+        for file in files:
+            with suppress(OSError):  # it has just been moved
+                stat = file.stat()
+                states.append((str(file), stat.st_ino, stat.st_mtime_ns))
     return states
 
 

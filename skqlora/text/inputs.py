@@ -227,7 +227,7 @@ def check_sample_weight(
     if weights.dtype.kind not in "biuf":  # numbers of pandas' own types arrive as objects
         try:
             weights = weights.astype(np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Got a {name} that is not all numbers: {error}. Wanted: a number for each text."
             ) from error

@@ -54,11 +54,7 @@ def check_labels(
         )
     if labels.ndim == 2 and labels.shape[1] > 1:
         return _check_indicator(labels, classes, name)
-    labels = _check_column(column_or_1d(labels, warn=True), name)
-    if isinstance(y, (list, tuple)) and labels.dtype == object:
-        fixed_width = labels.astype(str)  # the dtype that NumPy gives a list of str
-        if fixed_width.tolist() == labels.tolist():  # it cuts off zeros at the end
-            labels = fixed_width
+    labels = _like_numpy(y, _check_column(column_or_1d(labels, warn=True), name))
     if classes is None:
         classes, targets = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
@@ -104,7 +100,9 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
             )
         return earlier
     column = column_or_1d(_as_array(classes, "classes"))
-    classes = np.unique(_check_column(column, "classes")) if len(column) else column
+    if len(column):
+        column = _like_numpy(classes, _check_column(column, "classes"))
+    classes = np.unique(column)
     if len(classes) < 2:
         raise ValueError(f"Got classes={classes.tolist()}. Wanted: at least two classes.")
     if earlier is not None and not np.array_equal(classes, earlier):
@@ -113,6 +111,14 @@ def check_classes(classes: Any, earlier: np.ndarray | None) -> np.ndarray:
             "same at each call of partial_fit, or a new estimator."
         )
     return classes
+
+
+def _like_numpy(y: Any, labels: np.ndarray) -> np.ndarray:
+    """Give the labels of a list of str the dtype that NumPy gives it, if that loses nothing."""
+    if not isinstance(y, list | tuple) or labels.dtype != object:
+        return labels
+    fixed_width = labels.astype(str)
+    return fixed_width if fixed_width.tolist() == labels.tolist() else labels  # it cuts off "\0"
 
 
 def plain_labels(y: Any) -> Any:
@@ -163,8 +169,8 @@ def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
             if typed.dtype.kind in "fO" and all(isinstance(label, Integral) for label in labels):
                 largest = max(labels.tolist(), key=abs)
                 raise ValueError(
-                    f"Got labels in {name} beyond integers of 64 bits, e.g. {largest}. Wanted: "
-                    "smaller numbers, or text: [str(label) for label in y]."
+                    f"Got labels in {name} beyond signed integers of 64 bits, e.g. {largest}. "
+                    "Wanted: smaller numbers, or text: [str(label) for label in y]."
                 )
             if typed.dtype == object or typed.ndim != 1:
                 raise ValueError(

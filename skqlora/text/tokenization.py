@@ -79,7 +79,8 @@ def load_tokenizer(
                 model, revision=revision, trust_remote_code=False
             )
     except Exception as error:  # the libraries raise a dozen types, among them KeyError and OSError
-        raise refusal from error
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise ValueError(f"{refusal} ({reason})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # it is made up, as there are no files
         raise refusal
     return CachingTokenizer(tokenizer)

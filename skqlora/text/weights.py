@@ -3,6 +3,7 @@
 This module knows neither the content of the texts nor how the loss is computed.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.values import plain_label
 
+LARGEST = sys.float_info.max
+GREATEST_RATIO = 1e9  # of the mean weights of two pieces of the data
 ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
 
 
@@ -80,6 +83,24 @@ def mean_weight(weights: np.ndarray) -> float:
     return float(np.ldexp(without_exponent(weights).mean(), np.frexp(weights.max())[1]))
 
 
+def check_scale(weights: np.ndarray, scale: float) -> None:
+    """Refuse a piece of the data whose weights are of another order than those of the first.
+
+    Raises
+    ------
+    ValueError
+        If the mean weight is more than `GREATEST_RATIO` times `scale`, or as much smaller. Products
+        with such weights would leave the range of float32.
+    """
+    mean = mean_weight(weights)
+    ratio = np.log2(mean) - np.log2(scale)
+    if abs(ratio) > np.log2(GREATEST_RATIO):
+        raise ValueError(
+            f"Got weights with the mean {mean:.3g}, but those of the first call of partial_fit (or "
+            f"of fit) have {scale:.3g}. Wanted: weights of one scale in all calls."
+        )
+
+
 def _single_weights(
     table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
 ) -> np.ndarray:
@@ -138,7 +159,7 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
     bad = [
         weight
         for weight in class_weight.values()
-        if not isinstance(weight, (int, float, np.number)) or not 0 <= weight < np.inf
+        if not isinstance(weight, (int, float, np.number)) or not 0 <= weight <= LARGEST
     ]
     if bad:
         raise ValueError(

@@ -20,7 +20,7 @@ from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_epochs
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.values import short
-from skqlora.text.weights import apply_class_weight, mean_weight
+from skqlora.text.weights import apply_class_weight, check_scale, mean_weight
 from skqlora.training.callbacks import FitTasks
 from skqlora.training.checkpoints import (
     Checkpoint,
@@ -175,6 +175,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
         scale = None if start is None else start.weight_scale
         if scale is None:  # that of the first piece, which all later ones share
             scale = mean_weight(weights)
+        check_scale(weights, scale)
         losses = [] if start is None else start.loss_curve
         with prepared_training(
             parameters,
