@@ -57,8 +57,8 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder (relative paths "
             f"start at {os.getcwd()!r}; if it has moved: clf.set_params(model=folder)), or a "
-            "model id of the Hugging Face Hub ('organisation/name') that transformers knows without running "
-            "code from its repository."
+            "model id of the Hugging Face Hub ('organisation/name') that transformers knows "
+            "without running code from its repository."
         ) from error
 
 
