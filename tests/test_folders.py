@@ -15,8 +15,8 @@ from skqlora.persistence.folders import PENDING, read_folder, written_folder
 NAMES = ("a", "b")
 
 
-def write(path, text, replaceable=NAMES):
-    with written_folder(path, replaceable) as folder:
+def write(path, text, overwrite=True):
+    with written_folder(path, NAMES, overwrite=overwrite) as folder:
         for name in NAMES:
             (folder / name).write_text(text)
 
@@ -33,7 +33,7 @@ def read_alike(path):
 
 def test_folder_is_written_and_replaced_and_nothing_else_stays(tmp_path):
     path = tmp_path / "above" / "folder"
-    write(path, "old", replaceable=None)
+    write(path, "old", overwrite=False)
     write(path, "new")
     assert read(path) == ["new", "new"]
     assert os.listdir(path.parent) == ["folder"]
@@ -49,7 +49,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     def interrupted():
-        with written_folder(tmp_path / "folder", NAMES) as folder:
+        with written_folder(tmp_path / "folder", NAMES, overwrite=True) as folder:
             (folder / "a").write_text("new")
             raise KeyboardInterrupt
 
@@ -63,7 +63,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 def test_what_was_not_written_here_is_never_replaced(tmp_path):
     write(tmp_path / "folder", "old")
     with pytest.raises(FileExistsError, match=r"not empty.*overwrite=True"):
-        write(tmp_path / "folder", "new", replaceable=None)
+        write(tmp_path / "folder", "new", overwrite=False)
     (tmp_path / "folder" / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"holds 'thesis.tex'"):
         write(tmp_path / "folder", "new")
@@ -78,8 +78,8 @@ def test_a_folder_that_exists_stays_the_same_folder(tmp_path, monkeypatch):
     path.chmod(0o2775)
     before = path.stat()
     monkeypatch.chdir(path)
-    for text, replaceable in [("old", None), ("new", NAMES)]:
-        with written_folder(".", replaceable) as folder:
+    for text, overwrite in [("old", False), ("new", True)]:
+        with written_folder(".", NAMES, overwrite=overwrite) as folder:
             for name in NAMES:
                 (folder / name).write_text(text)
             assert os.listdir(tmp_path) == ["folder"]  # nothing may be written above
@@ -101,7 +101,7 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
 
 def test_files_that_are_not_written_again_go(tmp_path):
     write(tmp_path / "folder", "old")
-    with written_folder(tmp_path / "folder", NAMES) as folder:
+    with written_folder(tmp_path / "folder", NAMES, overwrite=True) as folder:
         (folder / "a").write_text("new")
     assert os.listdir(tmp_path / "folder") == ["a"]
 
@@ -156,22 +156,22 @@ def test_two_at_once_leave_one_of_the_two(tmp_path):
     path, start = tmp_path / "folder", threading.Barrier(2)
     failures = []
 
-    def save(text, replaceable):
+    def save(text, overwrite):
         start.wait()
         try:
-            write(path, text, replaceable)
+            write(path, text, overwrite)
         except FileExistsError as error:
             failures.append(error)
 
-    for replaceable in (None, NAMES) * 10:
+    for overwrite in (False, True) * 10:
         failures.clear()
-        threads = [threading.Thread(target=save, args=(t, replaceable)) for t in ("one", "two")]
+        threads = [threading.Thread(target=save, args=(t, overwrite)) for t in ("one", "two")]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert read(path) in (["one", "one"], ["two", "two"])
-        assert len(failures) == (replaceable is None)
+        assert len(failures) == (not overwrite)
         assert all("not empty" in str(error) for error in failures)
         assert os.listdir(tmp_path) == ["folder"]
         for name in NAMES:
@@ -223,3 +223,29 @@ def test_what_the_disk_refuses_leaves_what_was_there(tmp_path):
         signal.signal(signal.SIGXFSZ, old_handler)
     assert read(tmp_path / "folder") == ["old", "old"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_folders_within_a_folder_are_moved_too(tmp_path):
+    (tmp_path / "folder" / "lost+found").mkdir(parents=True)
+    with written_folder(tmp_path / "folder", last="a") as folder:
+        (folder / "templates").mkdir()
+        (folder / "templates" / "b").write_text("new")
+        (folder / "a").write_text("new")
+    assert sorted(os.listdir(tmp_path / "folder")) == ["a", "lost+found", "templates"]
+    assert (tmp_path / "folder" / "templates" / "b").read_text() == "new"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from Python 3.12 on
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_a_folder_can_be_renamed_after_a_kill(tmp_path):
+    path = tmp_path / "folder"
+    write(path, "old")
+    child = os.fork()
+    if child == 0:
+        _die_at(8, path)
+    os.waitpid(child, 0)
+    path.rename(tmp_path / "renamed")
+    write(tmp_path / "renamed", "new")
+    assert read(tmp_path / "renamed") == ["new", "new"]
+    left = [p for p in (tmp_path / "renamed").iterdir() if p.is_file() and p.name not in NAMES]
+    assert left == []

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from skqlora.settings.adapter_settings import TextSettings
@@ -344,3 +352,27 @@ def test_long_text_of_special_tokens_keeps_the_prompt(tokenizer, truncation):
         assert len(row) == 24
         assert row[:3] == whole[:3]
         assert row[-3:] == whole[-3:]
+
+
+@pytest.mark.parametrize("style", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["<s>Text:{text}</s>", "<s>\n{text}\n</s>", "<s> {text} </s>", "a<s>{text}", "{text}</s> b"],
+)
+def test_both_ways_to_encode_a_text_in_a_prompt_agree(style, prompt):
+    caching = CachingTokenizer(tiny.make_tokenizer(style))
+    for text in ("cat", " the cat", "c at\n", "a red dog is here"):
+        [(expected, of_text)] = caching._encoded(caching._tokenizer, [text], prompt)
+        ids, mask = caching._as_text(text, prompt)
+        assert ids == list(expected)
+        assert mask.tolist() == of_text.tolist()
+
+
+def test_special_tokens_that_match_in_other_letters_are_text():
+    backend = Tokenizer.from_str(tiny.make_tokenizer("decoder").backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("<cut>", special=True, normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    special = tokenizer.convert_tokens_to_ids("<cut>")
+    tokens, _ = encode(tokenizer, ["a <CUT> b", "a <cut> b"], max_length=32)
+    assert not any(special in row for row in ids_of(tokens))

@@ -1,13 +1,11 @@
 """torch's settings as this package computes with them, whatever a caller has set around it."""
 
-import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import joblib
-import numpy as np
+from skqlora._utils.libraries import library_lock
 
 _lock = threading.Lock()
 _n_inside = 0  # the calls of `plain_torch` that have not ended, in all threads
@@ -18,9 +16,11 @@ _outside: dict[str, Any] = {}  # the settings of the process that the first of t
 def plain_torch() -> Iterator[None]:
     """Compute with torch's own defaults, and restore the caller's settings on leaving.
 
-    Autocast, default device, inference mode and grad mode belong to a thread. The default dtype and
-    the precision of float32 products belong to the process: they are replaced as long as any thread
-    computes here. Deterministic algorithms, which change no result on a CPU, are left as they are.
+    Autocast, default device, inference mode and grad mode belong to a thread. The precision of
+    float32 products belongs to the process: it is replaced as long as any thread computes here.
+    Deterministic algorithms, which change no result on a CPU, are left as they are. The default
+    dtype is left too, since libraries change it for moments in other threads: what computes here
+    names its dtypes, and `float32_by_default` is for what builds models.
     """
     import torch
 
@@ -37,32 +37,17 @@ def plain_torch() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[Callable[[], bool]]:
-    """Give back the random states of this process on leaving, for a short time.
-
-    Yields
-    ------
-    has_changed : callable
-        A function that returns whether one of them has changed since.
-    """
+def float32_by_default() -> Iterator[None]:
+    """Build models in float32, one thread at a time."""
     import torch
 
-    def states() -> tuple[Any, ...]:
-        return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-
-    def has_changed() -> bool:
-        of_torch, *others = states()
-        return not torch.equal(of_torch, before[0]) or joblib.hash(others) != joblib.hash(
-            list(before[1:])
-        )
-
-    before = states()
-    try:
-        yield has_changed
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+    with library_lock:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -84,9 +69,6 @@ def _plain_process() -> Iterator[None]:
 def _replace_settings() -> None:
     import torch
 
-    if torch.get_default_dtype() != torch.float32:
-        _outside["dtype"] = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
     for name in ("mkldnn", "cuda"):
         products = getattr(torch.backends, name).matmul
         if products.fp32_precision not in ("none", "ieee"):
@@ -97,8 +79,7 @@ def _replace_settings() -> None:
 def _restore_settings() -> None:
     import torch
 
-    if "dtype" in _outside:
-        torch.set_default_dtype(_outside.pop("dtype"))
     while _outside:
         name, precision = _outside.popitem()
-        getattr(torch.backends, name).matmul.fp32_precision = precision
+        inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
+        getattr(torch.backends, name).matmul.fp32_precision = "none" if inherited else precision

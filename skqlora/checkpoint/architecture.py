@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
+from skqlora._utils.torch_state import float32_by_default
 from skqlora.checkpoint.configuration import read_config
 from skqlora.checkpoint.experts import expert_matrices
 from skqlora.checkpoint.quantizer import UNQUANTIZED_SHARE
@@ -107,6 +108,7 @@ def check_architecture(
     )
 
 
+@float32_by_default()
 def describe_architecture(
     config: PreTrainedConfig,
     *,

@@ -6,7 +6,7 @@ This module knows nothing of how a base is loaded.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,19 @@ NO_COMPUTATION = (
     "_name_or_path",
     "architectures",
     "auto_map",
+    "bos_token_id",
     "dtype",
+    "eos_token_id",
+    "finetuning_task",
     "id2label",
+    "initializer_range",
     "label2id",
     "num_labels",
     "problem_type",
+    "task_specific_params",
     "tie_word_embeddings",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
     "use_cache",
 )
@@ -80,7 +86,11 @@ def fingerprint_base(
     fingerprint : Fingerprint
     """
     settings = config.to_diff_dict()
-    of_computation = {key: settings[key] for key in settings.keys() - set(NO_COMPUTATION)}
+    of_computation = {
+        key: value
+        for key, value in settings.items()
+        if key not in NO_COMPUTATION and "dropout" not in key  # a base's own dropout is off
+    }
     parts = defaultdict(list)
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -110,7 +120,9 @@ def _digest_of_values(file: Any, name: str) -> bytes:
     return digest.digest()
 
 
-def fingerprint_of_version_1(model: str, revision: str | None) -> str:
+def fingerprint_of_version_1(
+    model: str, revision: str | None, only: Container[str] | None = None
+) -> str:
     """Hash a base as version 1 of the saved format did: config.json, and all tensors by name.
 
     Parameters
@@ -118,6 +130,8 @@ def fingerprint_of_version_1(model: str, revision: str | None) -> str:
     model : str
         A Hub id or a local folder.
     revision : str or None
+    only : container of str, optional
+        The names of the tensors of the text model, if it is a part of another model.
 
     Returns
     -------
@@ -133,7 +147,8 @@ def fingerprint_of_version_1(model: str, revision: str | None) -> str:
     tensors = {}
     for path in weight_files(model, revision):
         with safe_open(path, framework="pt") as file:
-            tensors.update({name: _digest_by_name(file, name) for name in file.keys()})  # noqa: SIM118
+            names = [name for name in file.keys() if only is None or name in only]  # noqa: SIM118
+            tensors.update({name: _digest_by_name(file, name) for name in names})
     for name in sorted(tensors):
         digest.update(tensors[name])
     return digest.hexdigest()

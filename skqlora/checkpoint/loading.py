@@ -15,7 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from skqlora.checkpoint.architecture import Architecture
 from skqlora.checkpoint.configuration import read_config, warn_of_adapter
 from skqlora.checkpoint.experts import expert_matrices, quantize_matrices, use_packed_experts
-from skqlora.checkpoint.fingerprint import Fingerprint, fingerprint_base
+from skqlora.checkpoint.fingerprint import (
+    Fingerprint,
+    fingerprint_base,
+    fingerprint_of_version_1,
+)
 from skqlora.checkpoint.modules import NoRandomInit, drop_pooler
 from skqlora.checkpoint.quantizer import FourBitConfig
 from skqlora.checkpoint.spec import BackboneSpec, describe_files
@@ -73,6 +77,15 @@ def load_base(spec: BackboneSpec) -> tuple[PreTrainedModel, Fingerprint]:
     if source.weights is not None:
         source.weights.check_unread(loading["unexpected_keys"], spec.model)
     return module, fingerprint
+
+
+def hash_as_version_1(spec: BackboneSpec) -> str:
+    """Hash a base as version 1 of the saved format did; see `fingerprint_of_version_1`."""
+    source = _Source.of(spec)
+    only = None
+    if source.weights is not None:
+        only = source.weights.places(tensor_names(source.files)).keys()
+    return fingerprint_of_version_1(spec.model, spec.revision, only)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
-from skqlora._utils.torch_state import preserved_random_state
+from skqlora._utils.torch_state import float32_by_default
 from skqlora.checkpoint.experts import expert_matrices
 from skqlora.checkpoint.modules import drop_pooler
 from skqlora.model.blocks import transformer_blocks
@@ -101,6 +101,7 @@ class Trace:
 
 @registered_lru_cache(maxsize=64)  # the folds and most candidates of a search share a trace
 @torch.inference_mode(False)  # even if the caller is in inference mode
+@float32_by_default()
 def trace_training(
     skeleton: PreTrainedModel,
     lora: LoraSettings,
@@ -146,7 +147,6 @@ def trace_training(
     ids = torch.empty(n_rows, n_tokens, dtype=torch.int64, device="meta")
     try:
         with (
-            preserved_random_state(),
             torch.enable_grad(),
             saved_tensors_hooks(kept.add, _unneeded),
             _Dataless(precision, padded=n_rows > 1),

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from skqlora.adapter import AdapterState, Footprint
-from skqlora.checkpoint.fingerprint import Fingerprint, fingerprint_of_version_1
-from skqlora.checkpoint.loading import load_base
+from skqlora.checkpoint.fingerprint import Fingerprint
+from skqlora.checkpoint.loading import hash_as_version_1, load_base
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
 from skqlora.model.trial import try_base
@@ -87,7 +87,7 @@ class Backbone:
 
     @functools.cached_property
     def _fingerprint_of_version_1(self) -> str:
-        return fingerprint_of_version_1(self.spec.model, self.spec.revision)
+        return hash_as_version_1(self.spec)
 
     @property
     def nbytes(self) -> int:

@@ -149,8 +149,9 @@ def targeted_modules(
         return _try_targets(target_modules, skeleton)
     except Exception as error:  # a user's choice may raise PEFT's ValueError, re.error ...
         raise ValueError(
-            f"Got target_modules={target_modules!r}, which cannot be adapted: {error} Wanted: "
-            "'all-linear', or names of linear layers of this model."
+            f"Got target_modules={target_modules!r}, which cannot be adapted in "
+            f"{type(skeleton).__name__}: {error} Wanted: 'all-linear', or names of linear layers "
+            "of this model."
         ) from error
 
 

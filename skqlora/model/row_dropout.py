@@ -65,7 +65,7 @@ class RowDropout(nn.Module):
         keep = self._keep[part.rows.to(x.device)]  # a base may be on several devices
         # (n_rows, n_features), repeated for each token if rows and tokens share the axis
         n_repeats = x.shape[self.row_axis] // len(part.rows)
-        scale = (keep / (1 - self.p)).repeat_interleave(n_repeats, 0)
+        scale = (keep.float() / (1 - self.p)).repeat_interleave(n_repeats, 0)
         shape = [1] * x.ndim
         shape[self.row_axis], shape[-1] = scale.shape
         return x * scale.to(x.dtype).view(shape)

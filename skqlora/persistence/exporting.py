@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from skqlora._utils.libraries import library_lock, muted
-from skqlora._utils.torch_state import plain_torch
+from skqlora._utils.torch_state import float32_by_default, plain_torch
 from skqlora.adapter import AdapterState, Fitted, Footprint
 from skqlora.checkpoint.experts import has_experts
 from skqlora.checkpoint.modules import replicate
@@ -87,6 +87,7 @@ AS_PEFT_WROTE = "files as `PeftModel.save_pretrained` wrote them. Copy or save t
 
 
 @plain_torch()
+@float32_by_default()
 def to_transformers(
     parameters: Parameters, fitted: Fitted
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -152,6 +153,7 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
 
 
 @plain_torch()
+@float32_by_default()
 def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: str) -> None:
     """Write the model of `to_transformers`, rounded to a dtype, and its tokenizer."""
     model, tokenizer = to_transformers(parameters, fitted)
@@ -164,6 +166,7 @@ def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: st
 
 
 @plain_torch()
+@float32_by_default()
 def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
     """Write an adapter for sequence classification; see `QLoRAClassifier.to_peft`."""
     adapter = fitted.adapter
@@ -231,6 +234,7 @@ def peft_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @plain_torch()
+@float32_by_default()
 def read_peft(
     path: str | os.PathLike,
     config: dict[str, Any],

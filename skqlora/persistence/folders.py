@@ -25,24 +25,32 @@ from filelock import FileLock
 T = TypeVar("T")
 
 PENDING = ".skqlora-new"  # the folder within a folder whose files count instead of its own
+TEMPORARY = ".skqlora-{}.tmp"  # what nobody reads
 
 
 @contextmanager
 def written_folder(
-    path: str | os.PathLike, replaceable: Sequence[str] | None = None, *, last: str = ""
+    path: str | os.PathLike,
+    names: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    last: str = "",
 ) -> Iterator[Path]:
     """Give a new folder to write files to, which are moved to `path` at the end.
 
     After a kill at any moment `read_folder` finds at `path` what was there before or what was
-    written. A hidden folder, ``.NAME.*.tmp``, may be left within it or next to it.
+    written. A hidden folder may be left: ``.skqlora-*.tmp`` within it, or ``.NAME.*.tmp`` next
+    to it.
 
     Parameters
     ----------
     path : str or path
         The place of the folder. Missing folders above it are made.
-    replaceable : sequence of str, optional
-        The names of the files that a folder at `path` may hold and lose. It must hold the first of
-        them, as the sign of who wrote it. By default, a folder at `path` must be empty.
+    names : sequence of str, optional
+        The names of the files that are written, for a folder that is read by `read_folder`. The
+        first of them is the sign of who wrote it.
+    overwrite : bool, default=False
+        Whether a folder at `path` may hold such files, and lose them. Otherwise it must be empty.
     last : str, optional
         The name of the file that comes last into a folder that exists, so that programs that only
         look for this file find the others too. By default it is the sign.
@@ -60,11 +68,14 @@ def written_folder(
     if not os.fspath(path):
         raise ValueError("Got path=''. Wanted: a folder; the current one is '.'.")
     target = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
-    _check_replaceable(target, replaceable)
+    last = last or (names or [""])[0]
+    _check_place(target, names, overwrite)
     is_new = not target.exists()
     if is_new:
         target.parent.mkdir(parents=True, exist_ok=True)
-    folder = _temporary(target.parent if is_new else target, target)
+        folder = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    else:
+        folder = _temporary(target)
     try:
         folder.mkdir()
         yield folder
@@ -72,11 +83,17 @@ def written_folder(
             _flush(file)
         if not is_new or not _moved_to_nothing(folder, target):
             with _alone(target):
-                _finish(target, replaceable, last)
-                _check_replaceable(target, replaceable)  # another process may have been faster
-                os.rename(folder, target / PENDING)
-                _flush(target)
-                _finish(target, replaceable, last)
+                _finish(target, names, last)
+                _check_place(target, names, overwrite)  # another process may have been faster
+                if names:
+                    os.rename(folder, target / PENDING)
+                    _flush(target)
+                    with suppress(OSError):  # the new files count, and the next call tries again
+                        _finish(target, names, last)
+                else:  # an empty folder, which has nothing to lose
+                    for file in _in_order(folder, last):
+                        os.rename(file, target / file.name)
+                    _flush(target)
         _flush(target.parent)
     except OSError as error:
         # The error of a full disk names no file, and that of a refusal names the hidden folder.
@@ -127,13 +144,17 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
     return states
 
 
-def find_temporary(parent: Path, target: Path) -> Iterator[Path]:
-    """Find what kills while writing to a folder have left in another one, and nobody reads."""
-    return parent.glob(f".{glob.escape(target.name)}.*.tmp")
+def find_temporary(target: Path) -> Iterator[Path]:
+    """Find what kills have left next to a folder that did not exist yet, and nobody reads."""
+    return target.parent.glob(f".{glob.escape(target.name)}.*.tmp")
 
 
-def _temporary(parent: Path, target: Path) -> Path:
-    return parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+def _temporary(target: Path) -> Path:
+    return target / TEMPORARY.format(uuid.uuid4().hex)
+
+
+def _in_order(folder: Path, last: str) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name))
 
 
 def _moved_to_nothing(folder: Path, target: Path) -> bool:
@@ -147,25 +168,28 @@ def _moved_to_nothing(folder: Path, target: Path) -> bool:
     return True
 
 
-def _finish(target: Path, replaceable: Sequence[str] | None, last: str) -> None:
-    """Copy the files that count to their places, and remove their folder."""
+def _finish(target: Path, names: Sequence[str], last: str) -> None:
+    """Copy the files that count to their places, and remove their folder; the lock is held."""
+    for left in target.glob(TEMPORARY.format("*")):
+        if left.is_file():  # a kill has left it; folders may belong to others who write now
+            left.unlink()
     pending = target / PENDING
     if not pending.is_dir():
         return
-    last = last or (replaceable or [""])[0]
-    new = sorted(pending.iterdir(), key=lambda file: (file.name == last, file.name))
+    new = _in_order(pending, last)
     for file in new:
-        temporary = _temporary(target, target)
+        temporary = _temporary(target)
         try:
             os.link(file, temporary)
         except OSError:  # not every file system has links
             shutil.copyfile(file, temporary)
             _flush(temporary)
         os.replace(temporary, target / file.name)
-    for name in set(replaceable or ()) - {file.name for file in new}:
+        temporary.unlink(missing_ok=True)  # replacing a file by a link to itself does nothing
+    for name in set(names) - {file.name for file in new}:
         (target / name).unlink(missing_ok=True)
     _flush(target)
-    aside = _temporary(target, target)
+    aside = _temporary(target)
     os.rename(pending, aside)
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -183,7 +207,8 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
+def _check_place(target: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuse a place where something is that may not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -191,20 +216,22 @@ def _check_replaceable(target: Path, replaceable: Sequence[str] | None) -> None:
             f"Got path={str(target)!r}, which is a file. Wanted: a folder, or a path where nothing "
             "is yet."
         )
-    left = set(find_temporary(target, target))
-    entries = sorted(entry for entry in target.iterdir() if entry not in left)
+    ignored = {*target.glob(TEMPORARY.format("*")), target / "lost+found"}  # of a volume
+    entries = sorted(entry for entry in target.iterdir() if entry not in ignored)
     if not entries:
         return
-    if replaceable is None:
+    if not overwrite:
         raise FileExistsError(
-            f"Got path={str(target)!r}, a folder that is not empty. Wanted: a path where nothing "
-            "is yet, or an empty folder. `save` replaces an earlier one with overwrite=True."
+            f"Got path={str(target)!r}, a folder that is not empty: it holds {entries[0].name!r}. "
+            "Wanted: a path where nothing is yet, or an empty folder. `save` replaces an earlier "
+            "one with overwrite=True."
         )
-    names = [*replaceable, PENDING]
-    foreign = [e.name for e in entries if e.name not in names or e.is_dir() != (e.name == PENDING)]
-    missing = not any((place / replaceable[0]).is_file() for place in (target, target / PENDING))
+    files = [entry.name for entry in entries if entry.is_file()]
+    folders = [entry.name for entry in entries if not entry.is_file()]
+    foreign = [*(set(files) - set(names)), *(set(folders) - {PENDING})]
+    missing = not any((place / names[0]).is_file() for place in (target, target / PENDING))
     if foreign or missing:
-        what = f"holds no {replaceable[0]!r}" if missing else f"holds {foreign[0]!r}"
+        what = f"holds no {names[0]!r}" if missing else f"holds {min(foreign)!r}"
         raise FileExistsError(
             f"Got path={str(target)!r} with overwrite=True, but it {what}, so it is not just "
             "what `save` wrote. Wanted: a folder of a saved classifier alone. Move what is there "

@@ -55,8 +55,7 @@ def save(
         base = os.path.realpath(base)  # for those who load it from another current folder
     adapter = replace(adapter, model=base, revision=revision)
     fitted = replace(fitted, adapter=adapter, settings=settings)
-    replaceable = ALL_FILES if overwrite else None
-    with written_folder(path, replaceable, last=FILES.manifest) as folder:
+    with written_folder(path, ALL_FILES, overwrite=overwrite) as folder:
         write_adapter(
             folder,
             adapter.lora,
@@ -109,11 +108,13 @@ def push_to_hub(
     """Write a fitted estimator to the Hugging Face Hub; see `QLoRAClassifier.push_to_hub`."""
     from huggingface_hub import HfApi
 
-    if os.path.isdir(parameters.model):
+    base = fitted.adapter.find_base(parameters.model)
+    if os.path.isdir(base):
         warnings.warn(
-            f"Got model={parameters.model!r}, a folder of this machine, and that path is "
-            "published. If the base is on the Hub, call clf.set_params(model='its name there') "
-            "before; otherwise those who load the classifier set it to a folder of theirs.",
+            f"Got model={parameters.model!r}, a folder of this machine, and its path "
+            f"{os.path.realpath(base)!r} is published. If the base is on the Hub, call "
+            "clf.set_params(model='its name there') before; otherwise those who load the "
+            "classifier set it to a folder of theirs.",
             stacklevel=3,
         )
     with tempfile.TemporaryDirectory() as parent:

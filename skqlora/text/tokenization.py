@@ -134,11 +134,19 @@ class CachingTokenizer:
         self._lock = threading.Lock()
 
     @functools.cached_property
-    def _special(self) -> re.Pattern[str]:
-        """What finds a special token in a text."""
+    def _special_tokens(self) -> set[str]:
         added = self._tokenizer.added_tokens_decoder.values()
         special = {*self._tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
-        return re.compile("|".join(map(re.escape, special - {""})) or "(?!)")
+        return special - {""}
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The pattern of a special token in a prompt."""
+        return re.compile("|".join(map(re.escape, self._special_tokens)) or "(?!)")
+
+    @functools.cached_property
+    def _special_ids(self) -> set[int]:
+        return set(self._tokenizer.convert_tokens_to_ids(sorted(self._special_tokens)))
 
     @functools.cached_property
     def _plain_tokenizer(self) -> Any:
@@ -286,37 +294,42 @@ class CachingTokenizer:
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield each text's uncut ids and a mask of those that are neither special nor prompt."""
         prompt = settings.prompt or TEXT_FIELD
-        holding = [bool(self._special.search(text)) for text in texts]
-        if settings.parse_special_tokens or not any(holding):
-            yield from self._encoded(self._tokenizer, texts, prompt)
-        elif not self._special.search(prompt):
-            # Texts without special tokens come to the same ids with either tokenizer.
-            yield from self._encoded(self._plain_tokenizer, texts, prompt)
-        else:
-            for text, holds in zip(texts, holding, strict=True):
-                yield (
-                    self._between(text, prompt)
-                    if holds
-                    else next(self._encoded(self._tokenizer, [text], prompt))
-                )
+        encoded = self._encoded(self._tokenizer, texts, prompt)
+        for (ids, of_text), text in zip(encoded, texts, strict=True):
+            found = self._special_ids.intersection(np.array(ids)[of_text].tolist())
+            if found and not settings.parse_special_tokens:
+                yield self._as_text(text, prompt)
+            else:
+                yield ids, of_text
 
-    def _between(self, text: str, prompt: str) -> tuple[list[int], np.ndarray]:
-        """Put a text that holds special tokens between the ids of a prompt that holds some too."""
-        [(ids, of_text)] = self._encoded(self._tokenizer, ["a"], prompt)
-        first, last = np.flatnonzero(of_text)[[0, -1]]
-        before = prompt.partition(TEXT_FIELD)[0]
-        space = before[len(before.rstrip()) :]  # it may be part of the text's first token
-        own = self._plain_tokenizer(space + text, add_special_tokens=False)["input_ids"]
-        parts = [(ids[:first], False), (own, True), (ids[last + 1 :], False)]
-        mask = [is_text for part, is_text in parts for _ in part]
-        return [token for part, _ in parts for token in part], np.array(mask)
+    def _as_text(self, text: str, prompt: str) -> tuple[list[int], np.ndarray]:
+        """Encode a text that holds special tokens, which are tokens only in the prompt."""
+        before, _, after = prompt.partition(TEXT_FIELD)
+        start = max((found.end() for found in self._special.finditer(before)), default=0)
+        stop = next((found.start() for found in self._special.finditer(after)), len(after))
+        outer, near = before[:start] + after[stop:], before[start:] + TEXT_FIELD + after[:stop]
+        if not outer:
+            return next(self._encoded(self._plain_tokenizer, [text], prompt))
+        # Between two special tokens a tokenizer takes each piece for itself.
+        own, of_text = next(
+            self._encoded(self._plain_tokenizer, [text], near, add_special_tokens=False)
+        )
+        around = self._tokenizer(outer, return_offsets_mapping=True)
+        ends = np.array(around["offset_mapping"])[:, 1]
+        n_before = len(self._tokenizer(before[:start], add_special_tokens=False)["input_ids"])
+        place = int(np.flatnonzero(ends > 0)[0]) + n_before
+        ids = [*around["input_ids"][:place], *own, *around["input_ids"][place:]]
+        mask = np.zeros(len(ids), dtype=bool)
+        mask[place : place + len(own)] = of_text
+        return ids, mask
 
     def _encoded(
-        self, tokenizer: Any, texts: list[str], prompt: str
+        self, tokenizer: Any, texts: list[str], prompt: str, *, add_special_tokens: bool = True
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         before, _, after = prompt.partition(TEXT_FIELD)
         encoding = tokenizer(
             [before + text + after for text in texts],
+            add_special_tokens=add_special_tokens,
             truncation=False,
             padding=False,
             return_attention_mask=False,

@@ -181,12 +181,15 @@ class Checkpoints:
         ValueError
             If the checkpoint is damaged.
         """
-        return read_folder(self._folder, self._read)
+        try:
+            return read_folder(self._folder, self._read)
+        except _NoCheckpointError:
+            return None
 
-    def _read(self, folder: Path) -> Checkpoint | None:
+    def _read(self, folder: Path) -> Checkpoint:
         path = folder / MANIFEST
         if not path.exists():
-            return None
+            raise _NoCheckpointError
         text = path.read_bytes()
         with naming_the_file(path, f"a checkpoint; delete {str(self._folder)!r} to begin anew"):
             manifest = json.loads(text)
@@ -262,7 +265,7 @@ class Checkpoints:
         }
         text = json.dumps(manifest | {"checksum": checksum(manifest)}, allow_nan=False)
         try:
-            with written_folder(self._folder, (MANIFEST, TENSORS)) as folder:
+            with written_folder(self._folder, (MANIFEST, TENSORS), overwrite=True) as folder:
                 (folder / TENSORS).write_bytes(data)
                 (folder / MANIFEST).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -275,8 +278,12 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Delete the checkpoint once the fit is over, and what a kill during a write has left."""
-        for folder in (self._folder, *find_temporary(self._folder.parent, self._folder)):
+        for folder in (self._folder, *find_temporary(self._folder)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class _NoCheckpointError(Exception):
+    """There is no checkpoint in a folder."""
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
