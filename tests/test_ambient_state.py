@@ -49,7 +49,7 @@ def settings_of_torch():
     )
 
 
-@pytest.fixture(scope="module", params=["bert", "llama", "gemma3_text"])
+@pytest.fixture(scope="module", params=["bert", "gemma3_text"])
 def plain(request, tiny_model, corpus):
     """A classifier that was fitted with nothing around it, and what it predicts."""
     folder = tiny_model(request.param)
