@@ -166,7 +166,8 @@ def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
         else:
             # The labels are numbers, bools or dates, from a list or from pandas.
             typed = np.array(labels.tolist())
-            if typed.dtype.kind in ("f", "O") and all(isinstance(label, Integral) for label in labels):
+            are_integers = all(isinstance(label, Integral) for label in labels)
+            if are_integers and typed.dtype.kind in ("f", "O"):
                 largest = max(labels.tolist(), key=abs)
                 raise ValueError(
                     f"Got labels in {name} beyond signed integers of 64 bits, e.g. {largest}. "
