@@ -269,7 +269,7 @@ def test_divergence_after_a_resume_keeps_the_epochs_before(encoder, corpus, chec
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_fit(encoder, corpus, checkpoints):
     expected = make_classifier(encoder, batch_size=12).fit(*corpus)
 
-    def full(*_):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "/full")
 
     clf = make_classifier(encoder, **checkpoints)

@@ -507,7 +507,7 @@ def test_the_hub_gets_what_save_writes_and_load_reads_it(fitted, texts, tmp_path
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.warns(UserWarning, match="a folder of this machine, and that path is published"):
+    with pytest.warns(UserWarning, match="a folder of this machine, and its path .* is published"):
         assert fitted.push_to_hub("clf", private=True) == "https://hub/me/clf/commit/1"
     assert_equal_adapters(QLoRAClassifier.load("me/clf"), fitted)
     card = ModelCard.load(tmp_path / "me" / "clf" / FILES.model_card)

@@ -172,7 +172,8 @@ def _finish(target: Path, names: Sequence[str], last: str) -> None:
     """Copy the files that count to their places, and remove their folder; the lock is held."""
     for left in target.glob(TEMPORARY.format("*")):
         if left.is_file():  # a kill has left it; folders may belong to others who write now
-            left.unlink()
+            with suppress(OSError):
+                left.unlink()
     pending = target / PENDING
     if not pending.is_dir():
         return
@@ -185,7 +186,8 @@ def _finish(target: Path, names: Sequence[str], last: str) -> None:
             shutil.copyfile(file, temporary)
             _flush(temporary)
         os.replace(temporary, target / file.name)
-        temporary.unlink(missing_ok=True)  # replacing a file by a link to itself does nothing
+        with suppress(OSError):  # replacing a file by a link to itself does nothing
+            temporary.unlink()
     for name in set(names) - {file.name for file in new}:
         (target / name).unlink(missing_ok=True)
     _flush(target)
