@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
-
 T = TypeVar("T")
 
 PENDING = ".skqlora-new"  # the folder within a folder whose files count instead of its own
@@ -199,6 +197,8 @@ def _finish(target: Path, names: Sequence[str], last: str) -> None:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Let writers to one folder on this machine wait for each other, if locks can be had."""
+    from filelock import FileLock  # its import makes loggers
+
     name = hashlib.sha256(os.fsencode(target)).hexdigest()[:32]
     lock = FileLock(Path(tempfile.gettempdir()) / f"skqlora-folder-{name}.lock")
     with suppress(OSError):  # the file is another user's, or there is no folder to write to
