@@ -113,9 +113,9 @@ def _add(digest: Any, place: str, parts: list[tuple[str, bytes]]) -> None:
         digest.update(values)
 
 
-def _digest_of_values(file: Any, name: str) -> bytes:
+def _digest_of_values(file: Any, name: str, prefix: str = "") -> bytes:
     tensor = file.get_tensor(name).contiguous()  # mapped, not read into memory
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest = hashlib.sha256(f"{prefix}{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.view(-1).view(torch.uint8).numpy())
     return digest.digest()
 
@@ -148,14 +148,7 @@ def fingerprint_of_version_1(
     for path in weight_files(model, revision):
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if only is None or name in only]  # noqa: SIM118
-            tensors.update({name: _digest_by_name(file, name) for name in names})
+            tensors.update({name: _digest_of_values(file, name, f"{name} ") for name in names})
     for name in sorted(tensors):
         digest.update(tensors[name])
     return digest.hexdigest()
-
-
-def _digest_by_name(file: Any, name: str) -> bytes:
-    tensor = file.get_tensor(name).contiguous()
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.digest()

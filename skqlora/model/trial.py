@@ -47,8 +47,8 @@ def try_base(base: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     Raises
     ------
     ValueError
-        If the model cannot be run on text alone, if padding changes the result of a text, or if a
-        run changes the model, a later result, or the random state of the process.
+        If the model cannot be run on text alone, if padding changes the result of a text, if a run
+        changes the model or a later result, or if it draws random numbers.
     """
     name = f"model={spec.model!r} ({base.config.model_type})"
     ids, changed, both, mask = _inputs(base, spec.device)

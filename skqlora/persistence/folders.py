@@ -36,8 +36,9 @@ def written_folder(
 ) -> Iterator[Path]:
     """Give a new folder to write files to, which are moved to `path` at the end.
 
-    After a kill at any moment `read_folder` finds at `path` what was there before or what was
-    written. A hidden folder may be left: ``.skqlora-*.tmp`` within it, or ``.NAME.*.tmp`` next
+    With `names`, `read_folder` finds at `path` what was there before or what was written, even
+    after a kill at any moment. Without them, a kill can leave a part of the files in a folder that
+    was empty. A hidden folder may be left: ``.skqlora-*.tmp`` within it, or ``.NAME.*.tmp`` next
     to it.
 
     Parameters
