@@ -150,10 +150,7 @@ def _read(source: _Source, config: PreTrainedConfig) -> tuple[PreTrainedModel, d
     spec, architecture, weights = source.spec, source.architecture, source.weights
     text_class = type(architecture.skeleton)
     read_class: Any = text_class if weights is None else weights.readable_class()
-    with (
-        torch.inference_mode(False),
-        NoRandomInit(),  # a pooler that the checkpoint lacks is built before it is dropped
-    ):
+    with NoRandomInit():  # a pooler that the checkpoint lacks is built before it is dropped
         try:
             module, loading = read_class.from_pretrained(
                 spec.model,

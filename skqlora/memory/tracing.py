@@ -100,7 +100,6 @@ class Trace:
 
 
 @registered_lru_cache(maxsize=64)  # the folds and most candidates of a search share a trace
-@torch.inference_mode(False)  # even if the caller is in inference mode
 @float32_by_default()
 def trace_training(
     skeleton: PreTrainedModel,

@@ -73,7 +73,6 @@ class AdaptedReplica:
         If PEFT finds none of the target modules in the base.
     """
 
-    @torch.inference_mode(False)  # otherwise a first prediction in it would spoil later fits
     def __init__(self, base: PreTrainedModel, lora: LoraSettings, keep_pooler: bool):
         self.shape = ReplicaShape.of(lora, keep_pooler)
         self.module = replicate(base)

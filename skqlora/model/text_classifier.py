@@ -160,11 +160,7 @@ class TextClassifierModel(nn.Module):
         """
         pooling = _resolve_pooling(pooling, backbone)
         keep_pooler = pooling == "pooler"
-        with (
-            torch.inference_mode(False),  # even if the caller is in inference mode
-            torch.enable_grad(),
-            backbone.lease(lora, keep_pooler=keep_pooler) as replica,
-        ):
+        with backbone.lease(lora, keep_pooler=keep_pooler) as replica:
             model = cls(backbone, replica, lora, pooling, n_classes)
             if start is None:
                 replica.reset_parameters(lora, seed)

@@ -152,8 +152,6 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
     )
 
 
-@plain_torch()
-@float32_by_default()
 def write_merged(parameters: Parameters, fitted: Fitted, folder: Path, dtype: str) -> None:
     """Write the model of `to_transformers`, rounded to a dtype, and its tokenizer."""
     model, tokenizer = to_transformers(parameters, fitted)
