@@ -8,7 +8,7 @@ import scipy.sparse
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
 
-from skqlora.text.values import is_missing, plain_label, short
+from skqlora.text.values import is_missing, plain_str, short
 
 SEVERAL_LABELS = (
     "Wanted: one label for each text. For several, pass a table of 0 and 1: "
@@ -123,7 +123,7 @@ def _like_numpy(y: Any, labels: np.ndarray) -> np.ndarray:
 
 def plain_labels(y: Any) -> Any:
     """Turn the entries of a list into plain text where they are text of another type."""
-    return [plain_label(label) for label in y] if isinstance(y, list | tuple) else y
+    return [plain_str(label) for label in y] if isinstance(y, list | tuple) else y
 
 
 def _as_array(y: Any, name: str) -> np.ndarray:
@@ -162,7 +162,7 @@ def _check_column(labels: np.ndarray, name: str) -> np.ndarray:
                 "[str(label) for label in y]."
             )
         if isinstance(labels[0], str):
-            labels = np.array([plain_label(label) for label in labels], dtype=object)
+            labels = np.array([plain_str(label) for label in labels], dtype=object)
         else:
             # The labels are numbers, bools or dates, from a list or from pandas.
             typed = np.array(labels.tolist())

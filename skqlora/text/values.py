@@ -20,15 +20,15 @@ def well_formed(text: str, name: str) -> str:
             f"Got {name} = {short(text)}, which is no valid Unicode. Wanted: text, e.g. "
             "text.encode('utf-8', 'replace').decode('utf-8')."
         ) from error
-    return plain_label(text)
+    return plain_str(text)
 
 
-def plain_label(label: Any) -> Any:
-    """Turn an enumeration's member that is text into that text.
+def plain_str(value: Any) -> Any:
+    """Turn text of a subclass of str into plain text, and leave other values as they are.
 
-    It may print and hash as something else than what it is equal to.
+    An enumeration's member may print and hash as something else than the text it is equal to.
     """
-    return str.__str__(label) if isinstance(label, str) else label
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def is_missing(label: Any) -> bool:

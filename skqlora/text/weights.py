@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from skqlora.text.inputs import LabelledTexts
-from skqlora.text.values import plain_label
+from skqlora.text.values import plain_str
 
 LARGEST = sys.float_info.max
 GREATEST_RATIO = 1e9  # of the mean weights of two pieces of the data
@@ -165,7 +165,7 @@ def _by_name(class_weight: Mapping[Any, float], names: list[Any]) -> list[float]
         raise ValueError(
             f"Got the weight {bad[0]!r} in class_weight. Wanted: finite numbers, none negative."
         )
-    class_weight = {plain_label(label): weight for label, weight in class_weight.items()}
+    class_weight = {plain_str(label): weight for label, weight in class_weight.items()}
     missing = [name for name in names if name not in class_weight]
     unknown = [name for name in class_weight if name not in names]
     # As in scikit-learn, a class may be left out, and a fold may lack a class.
