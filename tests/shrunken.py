@@ -25,7 +25,8 @@ SMALL = {
     "top_k linear_num_key_heads",
     16: "head_dim kv_channels d_kv qk_nope_head_dim v_head_dim global_head_dim q_lora_rank "
     "kv_lora_rank hidden_size_per_layer_input linear_key_head_dim linear_value_head_dim "
-    "attention_head_dim block_size chunk_size sliding_window local_attention attention_window "
+    "attention_head_dim rotary_dim block_size chunk_size sliding_window local_attention "
+    "attention_window "
     "mamba_d_state mamba_chunk_size state_size ssm_state_size time_step_rank mamba_dt_rank "
     "mamba_d_ssm linear_head_dim index_head_dim index_topk",
     8: "qk_rope_head_dim",
@@ -34,6 +35,10 @@ SMALL = {
     1: "n_group topk_group n_shared_experts first_k_dense_replace n_groups num_shared_experts "
     "moe_num_shared_experts num_expert_groups num_expert_group",
     0: "num_kv_shared_layers",
+}
+# Their rotary embeddings have a part each for time, height and width, of sizes in the code.
+ROTATED_IN_THREE = {
+    *("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"),
 }
 VALUES = {name: value for value, names in SMALL.items() for name in names.split()}
 
@@ -53,6 +58,12 @@ def shrunken_config(config):
             small[name] = {"pad": 0, "bos": 1, "eos": 2}[name.split("_")[0]]
         elif isinstance(value, list) and n_layers and len(value) == n_layers[0]:
             small[name] = [value[0], value[-1]]  # a list with an entry for each layer
+    if config.model_type in ROTATED_IN_THREE:
+        rope = values["rope_parameters"] or {}
+        head_dim = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+        half = int(head_dim * rope.get("partial_rotary_factor", 1)) // 2
+        third = half // 3
+        small["rope_parameters"] = rope | {"mrope_section": [half - 2 * third, third, third]}
     if "qk_rope_head_dim" in small:  # latent attention
         small |= {"head_dim": 8, "qk_head_dim": 24, "num_key_value_heads": 4}
     return {name: value for name, value in small.items() if name in values}
