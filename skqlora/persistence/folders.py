@@ -14,9 +14,11 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +26,10 @@ T = TypeVar("T")
 
 PENDING = ".skqlora-new"  # the folder within a folder whose files count instead of its own
 TEMPORARY = ".skqlora-{}.tmp"  # what nobody reads
+# A look at a folder can miss that its files were replaced, since file systems note times in steps of
+# milliseconds and give the number of a removed file to the next one. So a failure must come again.
+N_FAILURES = 3
+SECONDS_BETWEEN = 0.01
 
 
 @contextmanager
@@ -119,14 +125,17 @@ def read_folder(path: str | os.PathLike, read: Callable[[Path], T]) -> T:
         What `read` returns.
     """
     path = Path(path)
+    n_failures = 0
     while True:
         before = _state(path)
         pending = path / PENDING
         try:
             return read(pending if pending.is_dir() else path)
         except Exception:  # the files may have been replaced in the meantime
-            if _state(path) == before:
+            n_failures = n_failures + 1 if _state(path) == before else 0
+            if n_failures == N_FAILURES:
                 raise
+            time.sleep(SECONDS_BETWEEN)
 
 
 def _state(path: Path) -> list[tuple[str, int, int]]:
@@ -219,8 +228,7 @@ def _check_place(target: Path, names: Sequence[str], overwrite: bool) -> None:
             f"Got path={str(target)!r}, which is a file. Wanted: a folder, or a path where nothing "
             "is yet."
         )
-    ignored = {*target.glob(TEMPORARY.format("*")), target / "lost+found"}  # of a volume
-    entries = sorted(entry for entry in target.iterdir() if entry not in ignored)
+    entries = sorted(entry for entry in target.iterdir() if not _is_ignored(entry.name))
     if not entries:
         return
     if not overwrite:
@@ -240,6 +248,10 @@ def _check_place(target: Path, names: Sequence[str], overwrite: bool) -> None:
             "what `save` wrote. Wanted: a folder of a saved classifier alone. Move what is there "
             "away, or save elsewhere."
         )
+
+
+def _is_ignored(name: str) -> bool:
+    return fnmatch(name, TEMPORARY.format("*")) or name == "lost+found"  # of a volume
 
 
 def _flush(path: Path) -> None:
