@@ -11,6 +11,7 @@ import numpy as np
 
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.settings import Settings
+from skqlora.text.columns import Columns
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,9 +190,11 @@ class Fitted:
 
     They are set all at once at the end of a fit, so a fit that fails leaves an older one whole.
     Two are for later fits only: `random_seed`, and `weight_scale`, the weight of a text that later
-    calls of `partial_fit` take for one. This is None before a first call.
+    calls of `partial_fit` take for one. This is None before a first call. `columns` is None if `X`
+    was a column of texts and no table.
     """
 
+    columns: Columns | None
     classes: np.ndarray
     multilabel: bool
     adapter: AdapterState

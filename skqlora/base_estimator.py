@@ -18,9 +18,11 @@ from skqlora.persistence import saving
 from skqlora.persistence.folders import written_folder
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.parameters import read_parameters
+from skqlora.text.columns import Columns, read_table, warn_of_unused_columns
+from skqlora.text.feature_names import NOTED, check_columns, find_columns, readable
 from skqlora.text.inputs import (
+    CheckedTexts,
     LabelledTexts,
-    check_texts,
     check_validation,
     is_validation_given,
 )
@@ -43,6 +45,7 @@ PARAMETERS_OF_THE_BASE = (
 )
 # The attributes of a fitted estimator, by the names of their values in `Fitted`.
 ATTRIBUTES = {field.name: f"{field.name}_" for field in fields(Fitted)} | {
+    "columns": "_columns_",
     "random_seed": "_random_seed_",
     "weight_scale": "_weight_scale_",
 }
@@ -296,12 +299,13 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         validate_parameter_constraints(constraints, asked, type(self).__name__)
         parameters = read_parameters(self)
 
-        def logits_of(texts: Any) -> np.ndarray:
-            checked = self._check_texts(texts, reset=False)
+        def logits_of(X: Any) -> np.ndarray:
+            prompt = fitted.adapter.text_settings.prompt
+            texts = self._check_texts_with(X, fitted.columns, prompt).texts
             import_libraries()
             from skqlora.model.prediction import compute_logits
 
-            return compute_logits(parameters, fitted.adapter, checked, chunk_size=PREDICTION_CHUNK)
+            return compute_logits(parameters, fitted.adapter, texts, chunk_size=PREDICTION_CHUNK)
 
         if not isinstance(X, Iterable) or hasattr(X, "__len__"):
             return fitted, logits_of(X)
@@ -311,14 +315,31 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         logits = [logits_of(chunk) for chunk in chunks]
         return fitted, np.concatenate(logits or [logits_of([])])
 
-    def _check_texts(self, X: Any, *, reset: bool, name: str = "X") -> list[str]:
-        """Turn `X` into texts; `reset` says whether to remember what is seen in it."""
-        return check_texts(X, name)
+    def _check_texts(self, X: Any) -> CheckedTexts:
+        """Turn the `X` of a fit into texts, and note its columns."""
+        X = readable(X)
+        table = read_table(X)
+        columns = find_columns(self, X, table)
+        warn_of_unused_columns(columns, self.prompt)
+        return CheckedTexts.of(table, columns, self.prompt)
+
+    def _check_texts_with(
+        self, X: Any, known: Columns | None, prompt: str | None, name: str = "X"
+    ) -> CheckedTexts:
+        """Turn `X` into texts after a check that its columns are those which are known."""
+        X = readable(X)
+        table = read_table(X, name)
+        columns = check_columns(self, X, table, known, name)
+        return CheckedTexts.of(table, columns, prompt, name)
 
     def _set_fitted(self, fitted: Fitted) -> None:
         """Set all attributes of a fit at once, so that another thread sees one fit or the other."""
         values = {name: _own(getattr(fitted, name)) for name in ATTRIBUTES}
-        self.__dict__.update({ATTRIBUTES[name]: value for name, value in values.items()})
+        columns = {} if fitted.columns is None else fitted.columns.attributes
+        attributes = {ATTRIBUTES[name]: value for name, value in values.items()}
+        self.__dict__.update(attributes | columns)
+        for attribute in set(NOTED) - columns.keys():
+            self.__dict__.pop(attribute, None)
 
     def _get_fitted(self) -> Fitted:
         """Return the attributes that `_set_fitted` has set, all of one fit.
@@ -338,8 +359,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         """Check what early stopping scores in the same way as what is trained on."""
         if not is_validation_given(X_val, y_val, sample_weight_val, self.early_stopping):
             return None
-        texts = self._check_texts(X_val, reset=False, name="X_val")
-        return check_validation(texts, y_val, sample_weight_val, training)
+        inputs = self._check_texts_with(X_val, training.inputs.columns, self.prompt, "X_val")
+        return check_validation(inputs, y_val, sample_weight_val, training)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the callbacks out of a fitted estimator; a worker that is to fit one needs them."""

@@ -29,8 +29,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     revision : str, default=None
         The branch, tag or commit of the model on the Hub.
     quantization : {"nf4", "fp4"} or None, default="nf4"
-        The 4-bit data type of the base, i.e. of the frozen model. None keeps the base in
-        `compute_dtype`, which is plain LoRA, for comparison.
+        The 4-bit data type of the base, the frozen model. None keeps it in `compute_dtype`.
     double_quant : bool, default=True
         Whether the quantization constants are quantized too, which saves 0.37 bits per parameter.
     compute_dtype : {"auto", "bfloat16", "float16", "float32"}, default="auto"
@@ -38,8 +37,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         multiplies it, otherwise float16 (GPU) or float32 (CPU). Adapter and head are float32.
     device : str, default="auto"
         The torch device, such as "cuda:1". "auto" takes the first available one of CUDA, XPU and
-        the CPU. If the base does not fit on the first of several GPUs, "auto" spreads its layers
-        over them, and the GPUs compute one after the other.
+        the CPU, or spreads a large base over several GPUs, which compute one after the other.
     attn_implementation : str, default=None
         The attention kernel, by its name in transformers: "sdpa", "eager", "flash_attention_2" ...
         None leaves the choice to transformers.
@@ -54,13 +52,12 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The linear layers that get an adapter: all of them, those whose name matches a regular
         expression, or those whose name ends with an entry of a list.
     layers : "all", int or list of int, default="all"
-        The model's layers that get adapters: all, as many at the end as an int says, or those whose
-        numbers a list has, from 0 on or negative from the end. A few at the end train faster.
+        The layers that get adapters: all, as many at the end as an int says, or those whose numbers
+        a list has, from 0 on or negative from the end. A few at the end train faster.
     cache_dtype : "auto", "bfloat16" or None, default="auto"
         With `layers`, the output of the layers before the first adapted one is computed once for
         each text and kept in this precision; "auto" is its own. It takes at most a tenth of the
-        free memory, where later fits find it too, and otherwise a temporary file. None keeps
-        nothing, and neither do fits of one epoch.
+        free memory, or else a temporary file. None keeps nothing; nor do fits of one epoch.
     use_rslora : bool, default=False
         Whether LoRA's output is multiplied by `lora_alpha / sqrt(lora_r)` (arXiv 2312.03732).
     use_dora : bool, default=False
@@ -73,8 +70,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         regression to the vectors that the untrained model computes from the training texts (arXiv
         2202.10054), which costs one prediction of these texts; `partial_fit` draws random numbers
         instead. "class_names" is for decoders and labels that are words: the head starts with the
-        output embeddings of these words, so that the model begins with its own guess at what
-        follows `prompt`, without the bias, scale or cap that some families put on their logits.
+        output embeddings of these words, and so with the model's own guess at what follows `prompt`.
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
         The way in which the hidden states of a text become one vector. "auto" takes the last token
         of a decoder and the mean over the tokens of an encoder.
@@ -85,13 +81,16 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The part that is kept of a text that is too long: its head, its tail, or both, with a
         quarter of the room for the head (arXiv 1905.05583). "windows" keeps all of it: training
         uses each window with the text's label and an equal part of its weight, and a prediction is
-        the mean of the windows' logits.
+        the mean of their logits. Of several columns the longest is cut first, and windows are made
+        of a pair's second text or of the prompt's longest field.
     stride : int, default=0
-        The number of tokens that a window shares with the one before: at most half of a window. The
-        last window is as long as the others, so it may share more.
+        The number of tokens that a window shares with the one before: at most half of a window; the
+        last one may share more.
     prompt : str, default=None
-        A template into which each text is put, in the place of its only ``{text}``, such as
-        ``"{text}\nLabel:"``. The template itself is never cut. It is worth a try with decoders.
+        A template with a field for each text, such as ``"{text}\nLabel:"``. It is never cut. For
+        several columns its fields are their names or positions, as in `str.format`:
+        ``"{title}, {price:.2f} EUR"``. Without a prompt, an encoder reads two columns as its
+        tokenizer's pair of texts; other tables are read as lines ``name: value``.
     num_train_epochs : int or "auto", default="auto"
         The number of passes over the training texts. "auto" makes enough of them for 300 updates,
         but at least 3 and at most 20.
@@ -110,7 +109,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     head_learning_rate : float or "auto", default="auto"
         The peak learning rate of the head. "auto" is ten times LoRA's; with "class_names" LoRA's.
     weight_decay : float, default=0.0
-        The weight decay: an update subtracts this share of each weight, times the learning rate.
+        The share of each weight, times the learning rate, that an update subtracts.
     warmup_steps : int or float, default=0.1
         The number of updates over which the learning rates rise from 0. A number below 1 is a share
         of all updates.
@@ -126,9 +125,9 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         targets it is a list with a dict ``{0: weight, 1: weight}`` for each label. "balanced" is
         ``n_texts / (n_classes * count)``. The weights are multiplied with `sample_weight`.
     early_stopping : bool, default=False
-        Whether held-out texts are scored after each epoch. The fit stops when the score no longer
-        rises, and keeps the adapter of the best epoch, or the last of equally good ones. With
-        `warm_start` the adapter at the start counts as an epoch. The score ignores `class_weight`.
+        Whether held-out texts are scored after each epoch, without `class_weight`. The fit stops
+        when the score no longer rises, and keeps the adapter of the best epoch, or the last of
+        equally good ones. With `warm_start` the adapter at the start counts as an epoch.
     validation_fraction : float, default=0.1
         The share of the texts that early stopping holds out, in the proportions of the classes,
         unless `fit` gets `X_val`. Each class keeps a text for training.
@@ -138,26 +137,24 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The least difference that counts as a rise of the score.
     scoring : str, callable or None, default=None
         The score of early stopping: a scorer's name or a callable as in scikit-learn, "loss" for
-        the negative cross-entropy, or None for `score`. With few held-out texts "loss" says more.
-        So do "f1_macro" and "average_precision" with multilabel targets, where `score` counts a
-        text as right only if all its labels are.
+        the negative cross-entropy, or None for `score`. With few held-out texts "loss" says more;
+        with multilabel targets, so do "f1_macro" and "average_precision".
     warm_start : bool, default=False
-        Whether `fit` continues from the fitted adapter, with a new optimizer and schedule. The
-        classes must be the same. `n_iter_` and the curves continue too. If the texts are the same,
-        the same part of them is held out.
+        Whether `fit` continues from the fitted adapter and its curves, with a new optimizer and
+        schedule. The classes must be the same. Of the same texts the same part is held out.
     checkpoint_dir : str or path, default=None
         A folder in which `fit` notes its progress until it is done. If the process is killed, the
         same call with an int as `random_state` resumes from there and comes to the same result: on
         a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
-        The number of updates between two checkpoints; a fit with fewer updates writes none. One is
-        three times as large as the adapter, and four times after the first epoch.
+        The number of updates between two checkpoints. One takes three to four times as much space
+        as the adapter.
     random_state : int, RandomState instance or None, default=None
         The seed of the initial values of adapter and head, of the held-out texts, of the order of
         the texts and of dropout. On a CPU the same seed and number of threads give the same weights
         bit for bit. No global random state is used or changed, except that None draws from NumPy's.
     verbose : int, default=0
-        The verbosity. 1 shows progress bars of the fit, and of downloading and loading a model.
+        1 shows progress bars of the fit, and of downloading and loading a model.
 
     Attributes
     ----------
@@ -165,6 +162,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The labels, sorted. For multilabel targets these are the numbers of their columns.
     multilabel_ : bool
         Whether a text may have several labels, or none.
+    n_features_in_, feature_names_in_ : int, ndarray of shape (n_features_in_,)
+        The number of columns, if `X` was a table, and their names, if these are all str.
     adapter_ : AdapterState
         The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
@@ -177,7 +176,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     n_samples_seen_ : int
         The number of texts that `fit` trained on, plus those of later calls of `partial_fit`.
     loss_curve_ : list of float, of length n_epochs
-        The mean training cross-entropy of each epoch, in nats, weighted like the training.
+        The mean training cross-entropy of each epoch, in nats, with the training's weights.
     validation_scores_ : list of float, of length n_epochs, or None without early stopping
         The score of each epoch on the held-out texts; NaN for epochs without early stopping.
     best_validation_score_ : float, or None without early stopping
@@ -312,8 +311,9 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
-            The texts.
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
+            The texts in a list, Series or array; or a table whose columns are read together: a
+            DataFrame (pandas, polars, pyarrow, `datasets`), an array or a list of tuples.
         y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
                 (n_texts, n_labels)
             The labels, of two classes or more; or a multilabel indicator of 0 and 1.
@@ -321,9 +321,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             The weight of each text in the loss. A text of weight 0 is left out.
         X_val, y_val : like `X` and `y`, default=None
             The texts and labels that early stopping scores, instead of a part of `X`. Within a
-            `Pipeline`, ``transform_input=["X_val"]`` sends the texts through the steps before. Do
-            not pass exactly as many as in `X` to one of scikit-learn's searches, which cut whatever
-            is as long as `X` into folds.
+            `Pipeline`, ``transform_input=["X_val"]`` sends the texts through the steps before. If
+            they are as many as in `X`, scikit-learn's searches cut them into folds, too.
         sample_weight_val : array-like of shape (n_validation_texts,), default=None
             The weights of the validation texts in that score.
 
@@ -342,11 +341,11 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         FloatingPointError
             If the training diverges. The classifier keeps the last epoch before that, if any.
         RuntimeError
-            If the process was forked from one that has computed on threads, or if two threads of
-            one process of a `torch.distributed` group fit at once.
+            If the process was forked from one that has computed on threads, or if two threads of a
+            process of `torch.distributed` fit at once.
         """
         self._validate_params()
-        table = check_labelled_texts(self._check_texts(X, reset=True), y, sample_weight)
+        table = check_labelled_texts(self._check_texts(X), y, sample_weight)
         held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         start = self._get_fitted() if self.warm_start and hasattr(self, "adapter_") else None
         try:
@@ -365,7 +364,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts.
         y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
                 (n_texts, n_labels)
@@ -391,8 +390,11 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         check_incremental(self)
         start = self._get_fitted() if hasattr(self, "adapter_") else None
         known = check_classes(classes, None if start is None else start.classes)
-        texts = self._check_texts(X, reset=start is None)
-        table = check_labelled_texts(texts, y, sample_weight, known)
+        if start is None:
+            inputs = self._check_texts(X)
+        else:
+            inputs = self._check_texts_with(X, start.columns, self.prompt)
+        table = check_labelled_texts(inputs, y, sample_weight, known)
         self._set_fitted(fit_piece(self, table, start))
         return self
 
@@ -401,7 +403,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts, or an iterator or stream of them, which is read in chunks.
 
         Returns
@@ -428,7 +430,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts, or an iterator over them.
 
         Returns
@@ -445,7 +447,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts, or an iterator over them.
 
         Returns
@@ -461,7 +463,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts, or an iterator over them.
 
         Returns
@@ -479,7 +481,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
 
         Parameters
         ----------
-        X : list, Series or array of str, of shape (n_texts,), or a table with one column
+        X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts.
         y : array-like of shape (n_texts,) or (n_texts, n_labels)
             The true labels.

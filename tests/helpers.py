@@ -121,6 +121,7 @@ def make_settings(*, model_type="bert", hidden_size=64, **changes):
         device="cpu",
         compute_dtype="float32",
         max_length=128,
+        prompt=None,
         pooling="mean",
         num_train_epochs=parameters.num_train_epochs,
         gradient_checkpointing=parameters.gradient_checkpointing is True,

@@ -7,9 +7,10 @@ from skqlora.text.batches import TokenizedTexts, prediction_batches, training_ba
 
 def test_batch_is_padded_on_the_right_to_its_longest_row():
     tokens = TokenizedTexts([[5, 6], [7], [8, 9, 10, 11]], pad_id=3)
-    input_ids, mask = tokens.batch(np.array([1, 0]))
-    assert input_ids.tolist() == [[7, 3], [5, 6]]
-    assert mask.tolist() == [[1, 0], [1, 1]]
+    inputs = tokens.batch(np.array([1, 0]))
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].tolist() == [[7, 3], [5, 6]]
+    assert inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
 def test_training_batches_hold_each_row_once_and_rows_of_like_length():

@@ -1,6 +1,7 @@
 """scikit-learn's own checks: of the estimator, and of a tabular subclass that makes them run."""
 
 import contextlib
+import copy
 import warnings
 
 import pytest
@@ -12,6 +13,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import validate_data
 
 from skqlora import QLoRAClassifier
+from skqlora.text.columns import Table
+from skqlora.text.feature_names import find_columns
+from skqlora.text.inputs import CheckedTexts
 
 # The parametrization runs before any fixture, so this is a folder that a fixture makes.
 MODEL = "tiny_bert"
@@ -31,11 +35,20 @@ class TabularClassifier(QLoRAClassifier):
     real one.
     """
 
-    def _check_texts(self, X, *, reset, name="X"):
+    def _check_texts(self, X):
+        return self._of_numbers(X, None, reset=True)
+
+    def _check_texts_with(self, X, known, prompt, name="X"):
         if isinstance(X, list) and X and isinstance(X[0], str):  # scored by early stopping
-            return super()._check_texts(X, reset=reset, name=name)
-        numbers = validate_data(self, X, reset=reset, dtype="numeric", ensure_min_samples=1)
-        return [" ".join(f"{10 * number:.0f}" for number in row[:8]) for row in numbers]
+            return super()._check_texts_with(X, None, prompt, name)
+        return self._of_numbers(X, known, reset=False)
+
+    def _of_numbers(self, X, known, reset):
+        seen = copy.copy(self)
+        numbers = validate_data(seen, X, reset=reset, dtype="numeric", ensure_min_samples=1)
+        columns = find_columns(self, X, Table([], None, True)) if reset else known
+        texts = [" ".join(f"{10 * number:.0f}" for number in row[:8]) for row in numbers]
+        return CheckedTexts(texts, texts, columns)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers import assert_equal_adapters, make_classifier
 
-from skqlora.text.inputs import check_labelled_texts
+from skqlora.text.columns import read_table
+from skqlora.text.inputs import CheckedTexts, check_labelled_texts
 from skqlora.training.early_stopping import hold_out
 
 
@@ -53,9 +54,10 @@ def test_of_equal_scores_the_last_adapter_is_kept(encoder, corpus):
 )
 def test_every_class_keeps_a_text_for_training(counts, fraction):
     labels = np.repeat(["a", "b", "c"][: len(counts)], counts)
-    table = check_labelled_texts([str(i) for i in range(len(labels))], labels)
+    inputs = CheckedTexts.of(read_table([str(i) for i in range(len(labels))]))
+    table = check_labelled_texts(inputs, labels)
     training, held_out = hold_out(table, fraction, seed=0)
-    assert sorted(training.texts + held_out.texts) == sorted(table.texts)
+    assert sorted([*training.texts, *held_out.texts]) == sorted(table.texts)
     assert set(training.labels) == set(labels)
     assert len(held_out) == pytest.approx(fraction * len(labels), abs=1)
     share = np.mean(held_out.labels == "a")

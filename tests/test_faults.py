@@ -345,10 +345,10 @@ def out_of_memory_above(monkeypatch, n_tokens):
     """Let a forward pass of more tokens, padding included, run out of memory in training."""
     forward = TextClassifierModel.forward
 
-    def limited(self, input_ids, attention_mask, part=None):
+    def limited(self, input_ids, attention_mask, *, part=None):
         if self.training and input_ids.numel() > n_tokens:
             raise torch.OutOfMemoryError("injected")
-        return forward(self, input_ids, attention_mask, part)
+        return forward(self, input_ids, attention_mask, part=part)
 
     monkeypatch.setattr(TextClassifierModel, "forward", limited)
 

@@ -176,10 +176,10 @@ def train_everything(model):
         model, num_labels=3, dtype=torch.bfloat16, device_map={"": 0}
     )
     optimizer = torch.optim.AdamW(full.parameters())
-    input_ids, mask = (x.cuda() for x in random_tokens(16, 32).batch(np.arange(16)))
+    inputs = {name: x.cuda() for name, x in random_tokens(16, 32).batch(np.arange(16)).items()}
     labels = torch.as_tensor(TARGETS, device="cuda")
     for _ in range(2):
-        full(input_ids=input_ids, attention_mask=mask, labels=labels).loss.backward()
+        full(**inputs, labels=labels).loss.backward()
         optimizer.step()
 
 

@@ -131,7 +131,7 @@ def peak_of_step(backbone, n_texts, n_tokens, *, checkpointing):
     ids = torch.randint(5, 300, (n_texts, n_tokens))
 
     def step():
-        model(ids, torch.ones_like(ids), part).sum().backward()
+        model(ids, torch.ones_like(ids), part=part).sum().backward()
 
     step()
     with checkpointed_blocks(model.encoder) if checkpointing else nullcontext():

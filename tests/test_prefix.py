@@ -28,7 +28,7 @@ from skqlora.model.blocks import modules_in_layers, transformer_blocks
 from skqlora.model.cache import clear_backbone_cache
 from skqlora.model.lora import targeted_modules
 from skqlora.training import state_store
-from skqlora.training.prefix import _PrefixRun, cached_prefix
+from skqlora.training.prefix import cached_prefix
 from skqlora.training.state_store import MEMORY_SHARE
 from skqlora.training.trainer import Trainer
 
@@ -109,13 +109,13 @@ def test_the_cache_goes_with_checkpointing_and_smaller_passes(backbone, changes)
 
 def test_a_lent_replica_comes_back_whole(backbone):
     model, tokens = last_layers_model(backbone), random_tokens(32)
-    ids, mask = tokens.batch(np.arange(4))
+    inputs = tokens.batch(np.arange(4))
     with torch.no_grad():
-        before = model(ids, mask)
+        before = model(**inputs)
         with cached_prefix(model, tokens, 12) as prefix:
             prefix.feed([3, 2, 1, 0])  # other texts
-            assert not torch.allclose(model(ids, mask), before)
-        torch.testing.assert_close(model(ids, mask), before, rtol=0, atol=0)
+            assert not torch.allclose(model(**inputs), before)
+        torch.testing.assert_close(model(**inputs), before, rtol=0, atol=0)
 
 
 def test_a_fit_computes_the_first_layers_once(deep, corpus, passes):
@@ -154,13 +154,13 @@ def test_a_fit_is_the_same_whatever_was_fitted_before(tmp_path, family):
 
 def test_folds_and_candidates_share_the_cache(deep, texts, labels, monkeypatch):
     computed = []
-    compute = _PrefixRun.compute
+    keep = state_store.keep
 
-    def note(self, texts, allocate):
-        computed.extend(key for key in texts if len(key) > 1)  # not those of the check
-        return compute(self, texts, allocate)
+    def note(backbone, states):
+        computed.extend(states)
+        keep(backbone, states)
 
-    monkeypatch.setattr(_PrefixRun, "compute", note)
+    monkeypatch.setattr(state_store, "keep", note)
     clf = make_classifier(deep, layers=1, num_train_epochs=2)
     search = GridSearchCV(clf, {"lora_r": [2, 4]}, cv=2, error_score="raise")
     search.fit(texts, labels)

@@ -146,10 +146,10 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type,
             layer.support_avx512bf16_for_cpu = False  # or it would infer in bfloat16
 
     tokens = random_tokens()
-    input_ids, mask = tokens.batch(np.arange(len(tokens)))
+    inputs = tokens.batch(np.arange(len(tokens)))
     with torch.no_grad():
-        expected = theirs(input_ids=input_ids, attention_mask=mask).logits
-        np.testing.assert_array_equal(ours(input_ids, mask).numpy(), expected.numpy())
+        expected = theirs(**inputs).logits
+        np.testing.assert_array_equal(ours(**inputs).numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -176,10 +176,10 @@ def test_logits_of_a_pooler_equal_those_of_transformers(encoder):
     ours = make_model(make_backbone(encoder, quantization=None), LORA, 3, "pooler")
     theirs = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3).eval()
     theirs.classifier.load_state_dict(ours.head.state_dict())
-    input_ids, mask = random_tokens().batch(np.arange(16))
+    inputs = random_tokens().batch(np.arange(16))
     with torch.no_grad():
-        expected = theirs(input_ids=input_ids, attention_mask=mask).logits
-        torch.testing.assert_close(ours(input_ids, mask), expected, rtol=0, atol=1e-6)
+        expected = theirs(**inputs).logits
+        torch.testing.assert_close(ours(**inputs), expected, rtol=0, atol=1e-6)
 
 
 def test_pooling_follows_what_the_base_can(encoder, decoder):

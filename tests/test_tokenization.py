@@ -19,6 +19,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from skqlora.settings.adapter_settings import TextSettings
+from skqlora.settings.template import Template
+from skqlora.text.encoding import RowEncoder
 from skqlora.text.tokenization import CachingTokenizer
 
 CUT = "texts have more than max_length"
@@ -360,12 +362,37 @@ def test_long_text_of_special_tokens_keeps_the_prompt(tokenizer, truncation):
     ["<s>Text:{text}</s>", "<s>\n{text}\n</s>", "<s> {text} </s>", "a<s>{text}", "{text}</s> b"],
 )
 def test_both_ways_to_encode_a_text_in_a_prompt_agree(style, prompt):
-    caching = CachingTokenizer(tiny.make_tokenizer(style))
+    tokenizer = tiny.make_tokenizer(style)
+    encoder = RowEncoder(tokenizer)
     for text in ("cat", " the cat", "c at\n", "a red dog is here"):
-        [(expected, of_text)] = caching._encoded(caching._tokenizer, [text], prompt)
-        ids, mask = caching._as_text(text, prompt)
-        assert ids == list(expected)
-        assert mask.tolist() == of_text.tolist()
+        template = Template.of_one_text(prompt)
+        [(expected, part_of)] = encoder._encode(tokenizer, [text], template)
+        found = encoder._as_text(text, template, types=False)
+        assert found.ids.tolist() == expected.tolist()
+        assert found.part_of.tolist() == part_of.tolist()
+
+
+@pytest.mark.parametrize("style", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{0}</s>{1}",
+        "<s>the {0}</s> <s> {1}</s>",
+        "{0} and {1}</s>{0}",
+        "a</s><s>{1}<s>b</s>c{0}",
+        "<s>{0} is\n{1}</s>",
+    ],
+)
+def test_both_ways_to_encode_several_fields_agree(style, prompt):
+    tokenizer = tiny.make_tokenizer(style)
+    encoder = RowEncoder(tokenizer)
+    template = Template.of_columns(prompt)
+    for texts in [("cat", "dog"), ("the cat is", ""), ("a red", "dog is here\n")]:
+        parts = tuple(texts[int(field.key)] for field in template.fields)
+        [(expected, part_of)] = encoder._encode(tokenizer, [parts], template)
+        found = encoder._as_text(parts, template, types=False)
+        assert found.ids.tolist() == expected.tolist()
+        assert found.part_of.tolist() == part_of.tolist()
 
 
 def test_special_tokens_that_match_in_other_letters_are_text():

@@ -240,11 +240,11 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
     forward = TextClassifierModel.forward
     sizes = []
 
-    def out_of_memory_above(self, input_ids, attention_mask, part=None):
+    def out_of_memory_above(self, input_ids, attention_mask, *, part=None):
         sizes.append(len(input_ids))
         if self.training and len(input_ids) > fits:
             raise error
-        return forward(self, input_ids, attention_mask, part)
+        return forward(self, input_ids, attention_mask, part=part)
 
     monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory_above)
     with pytest.warns(RuntimeWarning, match=r"Out of memory with \d+ texts.*Pass batch_size="):
@@ -258,9 +258,9 @@ def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
     shapes = []
     forward = TextClassifierModel.forward
 
-    def noting(self, input_ids, attention_mask, part=None):
+    def noting(self, input_ids, attention_mask, *, part=None):
         shapes.append(tuple(input_ids.shape))
-        return forward(self, input_ids, attention_mask, part)
+        return forward(self, input_ids, attention_mask, part=part)
 
     monkeypatch.setattr(TextClassifierModel, "forward", noting)
     model = make_model(backbone, LORA, 3, "auto")

@@ -256,7 +256,8 @@ def make_tokenizer(style: str) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(corpus(240)[0], trainer)
     if style == "encoder":
         pieces = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, pieces)
+        pair = "<s> $A </s> $B:1 </s>:1"
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", pair, pieces)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -1,12 +1,17 @@
 """The models that can be adapted, checked by their configuration before any weight is read."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from skqlora._utils.caches import registered_lru_cache
@@ -59,6 +64,24 @@ class Architecture:
     def model_type(self) -> str:
         """The name of the text model's family in transformers, e.g. "llama"."""
         return self.config.model_type
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether its family reads texts in both directions, and its tokenizer knows pairs.
+
+        A decoder's family only predicts the next token. This is a guess from the names of the
+        family's classes, for a choice that has to be made before the model is loaded.
+        """
+        if getattr(self.config, "is_decoder", False):
+            return False
+        only_next = self.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return not only_next or self.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    @property
+    def takes_token_type_ids(self) -> bool:
+        """Whether the model has more than one embedding for the part that a token is of."""
+        arguments = inspect.signature(self.skeleton.forward).parameters
+        return "token_type_ids" in arguments and getattr(self.config, "type_vocab_size", 2) > 1
 
     def max_length(self, tokenizer_max_length: int) -> int:
         """Return the greatest length of a text that the model and its tokenizer both take."""

@@ -1,6 +1,6 @@
 """Forward passes over many texts, which compute their logits or the inputs of the head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from skqlora.model.cache import get_backbone
 from skqlora.model.text_classifier import TextClassifierModel, check_base
 from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts, prediction_batches
+from skqlora.text.encoding import Row
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The most tokens of a padded batch, which fill two CPU cores and take little memory on a GPU.
@@ -21,7 +22,7 @@ PREDICTION_TOKENS = 4096
 
 @plain_torch()
 def compute_logits(
-    parameters: Parameters, adapter: AdapterState, texts: list[str], *, chunk_size: int
+    parameters: Parameters, adapter: AdapterState, texts: Sequence[Row], *, chunk_size: int
 ) -> np.ndarray:
     """Compute the logits of texts with an adapter, on the base that the process keeps.
 
@@ -32,7 +33,7 @@ def compute_logits(
     ----------
     parameters : Parameters
     adapter : AdapterState
-    texts : list of str, of length n_texts
+    texts : sequence of str or of tuple of str, of length n_texts
     chunk_size : int
         The number of texts whose token ids are held at a time.
 
@@ -100,13 +101,13 @@ def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.n
 
 @torch.no_grad()
 def _compute(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    function: Callable[..., torch.Tensor],
     model: TextClassifierModel,
     tokens: TokenizedTexts,
     values: np.ndarray,
 ) -> np.ndarray:
     device = model.backbone.spec.device
     for rows in prediction_batches(tokens.lengths, PREDICTION_TOKENS):
-        input_ids, mask = tokens.batch(rows)
-        values[rows] = function(input_ids.to(device), mask.to(device)).cpu().numpy()
+        inputs = {name: x.to(device) for name, x in tokens.batch(rows).items()}
+        values[rows] = function(**inputs).cpu().numpy()
     return values

@@ -65,6 +65,8 @@ class TextClassifierModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        *,
         part: RowsOfUpdate | None = None,
     ) -> torch.Tensor:
         """Compute the logits of some texts.
@@ -73,6 +75,8 @@ class TextClassifierModel(nn.Module):
         ----------
         input_ids, attention_mask : torch.Tensor of int64, of shape (b, t)
             The token ids and their mask, padded on the right.
+        token_type_ids : torch.Tensor of int64, of shape (b, t), optional
+            Of which of two texts each token is, for models that are told so.
         part : RowsOfUpdate, optional
             In training, the rows of the update that the pass holds. Dropout has a mask for each.
 
@@ -82,14 +86,23 @@ class TextClassifierModel(nn.Module):
         """
         for dropout in self._dropouts:
             dropout.part = part
-        return self.head(self.encode(input_ids, attention_mask))  # (b, d) @ (d, k)
+        features = self.encode(input_ids, attention_mask, token_type_ids)
+        return self.head(features)  # (b, d) @ (d, k)
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute the input of the head: one float32 vector a text, of shape (b, d)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:  # not every model has this argument
+            inputs["token_type_ids"] = token_type_ids
         with self.backbone.autocast():
             # Each adapted linear layer computes dequantize(W) x + scaling * B A dropout(x): W is
             # frozen and has 4 bits, A and B are trained in float32. See lora_layer.py.
-            output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+            output = self.encoder(**inputs)
             if self.pooling == "pooler":  # a trained layer over the first token, as BERT's
                 pooled = output.pooler_output  # (b, d)
             else:
@@ -98,8 +111,7 @@ class TextClassifierModel(nn.Module):
 
     def compute_losses(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
         targets: torch.Tensor,
         part: RowsOfUpdate | None = None,
     ) -> torch.Tensor:
@@ -107,16 +119,18 @@ class TextClassifierModel(nn.Module):
 
         Parameters
         ----------
-        input_ids, attention_mask, part
-            The same as in `forward`.
+        inputs : dict of str to torch.Tensor
+            The arguments of `forward`, as `TokenizedTexts.batch` returns them.
         targets : torch.Tensor of int64, of shape (b,) or (b, k)
             The class numbers, or a multilabel indicator.
+        part : RowsOfUpdate, optional
+            The same as in `forward`.
 
         Returns
         -------
         losses : torch.Tensor of float32, of the shape of `targets`
         """
-        logits = self(input_ids, attention_mask, part)  # (b, k)
+        logits = self(**inputs, part=part)  # (b, k)
         return cross_entropies(logits, targets)
 
     @classmethod

@@ -49,6 +49,7 @@ from skqlora.persistence.saved_format import check_head, check_lora, naming_the_
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_text_settings
+from skqlora.text.columns import Columns
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The entries of an adapter's configuration that are read here or do not affect its result.
@@ -259,6 +260,7 @@ def read_peft(
     adapter, footprint = read_peft_weights(path, config, parameters)
     labels, adapter = _sorted_by_class(adapter, classes)
     return Fitted(
+        columns=Columns(None, None),
         classes=labels,
         multilabel=multilabel,
         adapter=adapter,
@@ -393,7 +395,12 @@ def read_peft_weights(
         lora=lora,
         pooling=pooling,
         text_settings=replace(
-            resolve_text_settings(parameters, architecture.max_length(tokenizer.max_length)),
+            resolve_text_settings(
+                parameters,
+                architecture.max_length(tokenizer.max_length),
+                parameters.prompt,
+                token_type_ids=architecture.takes_token_type_ids and tokenizer.gives_token_type_ids,
+            ),
             parse_special_tokens=True,  # as other programs do
         ),
         model=spec.model,

@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 PENDING = ".skqlora-new"  # the folder within a folder whose files count instead of its own
 TEMPORARY = ".skqlora-{}.tmp"  # what nobody reads
-# A look at a folder can miss that its files were replaced, since file systems note times in steps of
-# milliseconds and give the number of a removed file to the next one. So a failure must come again.
+# A look at a folder can miss that its files were replaced, since file systems note times in steps
+# of milliseconds and give a removed file's number to the next one. So a failure must come again.
 N_FAILURES = 3
 SECONDS_BETWEEN = 0.01
 

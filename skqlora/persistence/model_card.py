@@ -54,13 +54,14 @@ def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
         pipeline_tag="text-classification",
         tags=["peft", "lora", "qlora", "scikit-learn"],
     )
-    prompt = fitted.adapter.text_settings.prompt
+    prompt, columns = fitted.adapter.text_settings.prompt, fitted.columns
     score, losses = fitted.best_validation_score, fitted.loss_curve
     rows = {
         "base": f"{model}, {parameters.quantization or 'not quantized'}",
         "adapter": f"LoRA of rank {fitted.adapter.lora.r}",
         "trained parameters": f"{fitted.footprint.trainable_parameters:,}",
         "training texts": f"{fitted.n_samples_seen:,}" if losses else None,
+        "columns": list(columns.names) if columns and columns.names else None,
         "prompt": repr(prompt) if prompt else None,
         "epochs": fitted.n_iter,
         "training loss": f"{losses[-1]:.4f} nats" if losses else None,

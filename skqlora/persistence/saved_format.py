@@ -23,11 +23,13 @@ from sklearn.utils._param_validation import validate_parameter_constraints
 
 from skqlora.adapter import AdapterState, Fitted, Footprint, OptimizerState
 from skqlora.persistence.peft_format import PREFIX, from_peft_name
-from skqlora.settings.adapter_settings import TEXT_FIELD, TRUNCATIONS, LoraSettings, TextSettings
+from skqlora.settings.adapter_settings import TRUNCATIONS, LoraSettings, TextSettings
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.settings import SETTLED, Settings
+from skqlora.settings.template import check_prompt
+from skqlora.text.columns import Columns
 
-FORMAT_VERSION = 2  # 2 has another fingerprint of the base, and weight_scale
+FORMAT_VERSION = 3  # 3 has columns; 2 another fingerprint of the base than 1, and weight_scale
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def write_classifier(
         "format_version": FORMAT_VERSION,
         "skqlora_version": version,
         "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
+        "columns": None if fitted.columns is None else asdict(fitted.columns),
         "classes": _classes_to_json(fitted.classes),
         "multilabel": fitted.multilabel,
         "n_iter": fitted.n_iter,
@@ -162,6 +165,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
         }
         fitted_with = partial(
             Fitted,
+            columns=_columns_from_json(manifest.get("columns")),
             classes=_classes_from_json(typed(manifest, "classes", dict)),
             multilabel=typed(manifest, "multilabel", bool),
             n_iter=typed(manifest, "n_iter", int),
@@ -343,6 +347,19 @@ def _weight_scale_from_json(manifest: dict[str, Any]) -> float | None:
     return scale
 
 
+def _columns_from_json(saved: Any) -> Columns | None:
+    """Read what is known of the columns; earlier versions only took texts."""
+    if saved is None:
+        return None
+    names, number = typed(saved, "names", (list, type(None))), saved["number"]
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the names of the columns are {names}")
+    right = isinstance(number, int) and number == len(names or range(number))
+    if type(number) is bool or not (right or number is names is None):
+        raise ValueError(f"the number of columns is {number!r}")
+    return Columns(None if names is None else tuple(names), number)
+
+
 def _settings_from_json(saved: Any) -> Settings | None:
     """Read the settings of a fit; None if they are not those of this version, or not there."""
     names = {field.name for field in fields(Settings)}
@@ -388,9 +405,11 @@ def _text_from_json(of_adapter: dict[str, Any]) -> TextSettings:
         raise ValueError(f"stride is {settings.stride!r}")
     if settings.truncation not in TRUNCATIONS:
         raise ValueError(f"truncation is {settings.truncation!r}")
-    prompt = settings.prompt
-    if prompt is not None and (type(prompt) is not str or prompt.count(TEXT_FIELD) != 1):
-        raise ValueError(f"prompt is {prompt!r}")
+    if type(settings.token_type_ids) is not bool:
+        raise ValueError(f"token_type_ids is {settings.token_type_ids!r}")
+    if type(settings.prompt) not in (str, type(None)):
+        raise ValueError(f"prompt is {settings.prompt!r}")
+    check_prompt(settings.prompt)
     return settings
 
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-TEXT_FIELD = "{text}"  # the place of the text in a prompt
 TRUNCATIONS = "head", "tail", "head+tail", "windows"
 
 
@@ -30,7 +29,8 @@ class TextSettings:
 
     With `parse_special_tokens`, a literal "</s>" in a text is that token, as it is to other
     programs. It is so for adapters that were trained elsewhere, or before version 2 of the saved
-    format.
+    format. With `token_type_ids`, a text of two parts without a prompt comes with numbers that tell
+    the model of which part each token is.
     """
 
     max_length: int
@@ -38,3 +38,4 @@ class TextSettings:
     stride: int = 0
     prompt: str | None = None
     parse_special_tokens: bool = False
+    token_type_ids: bool = False

@@ -4,7 +4,7 @@ import html
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.recipe import (
     AUTO_MAX_LENGTH,
@@ -12,6 +12,7 @@ from skqlora.settings.recipe import (
     auto_head_learning_rate,
     auto_learning_rate,
 )
+from skqlora.settings.template import check_prompt
 
 # The parameters that may be "auto" and that a fit therefore settles, in the order of the table.
 SETTLED = (
@@ -64,11 +65,6 @@ class Settings(Parameters):
     incremental: bool = False
     chosen: tuple[str, ...] = ()
 
-    @property
-    def text_settings(self) -> TextSettings:
-        """The settings for turning a text into token ids."""
-        return TextSettings(self.max_length, self.truncation, self.stride, self.prompt)
-
     def as_params(self) -> dict[str, Any]:
         """Return what was chosen, for the parameters of another estimator.
 
@@ -120,6 +116,7 @@ def resolve_settings(
     device: str,
     compute_dtype: str,
     max_length: int,
+    prompt: str | None,
     pooling: str,
     num_train_epochs: int,
     gradient_checkpointing: bool,
@@ -136,6 +133,8 @@ def resolve_settings(
         The values for this machine and this model.
     max_length : int
         The result of `resolve_max_length`.
+    prompt : str or None
+        The template of the texts, which several columns may have made necessary.
     num_train_epochs : int
         The result of `resolve_epochs`, or 1 for an incremental training.
     gradient_checkpointing : bool
@@ -166,6 +165,7 @@ def resolve_settings(
         "device": device,
         "compute_dtype": compute_dtype,
         "max_length": max_length,
+        "prompt": prompt,
         "pooling": pooling,
         "num_train_epochs": num_train_epochs,
         "learning_rate": float(rate),
@@ -216,7 +216,9 @@ def resolve_max_length(parameters: Parameters, limit: int) -> int:
     return max_length
 
 
-def resolve_text_settings(parameters: Parameters, limit: int) -> TextSettings:
+def resolve_text_settings(
+    parameters: Parameters, limit: int, prompt: str | None, *, token_type_ids: bool
+) -> TextSettings:
     """Choose the settings for turning the texts of a fit into token ids.
 
     Parameters
@@ -224,6 +226,10 @@ def resolve_text_settings(parameters: Parameters, limit: int) -> TextSettings:
     parameters : Parameters
     limit : int
         The number of tokens that the model and its tokenizer take.
+    prompt : str or None
+        The template of the texts.
+    token_type_ids : bool
+        Whether the model is told of which of two texts a token is.
 
     Returns
     -------
@@ -232,12 +238,13 @@ def resolve_text_settings(parameters: Parameters, limit: int) -> TextSettings:
     Raises
     ------
     ValueError
-        If `max_length` is too large, or `prompt` has no place for the text.
+        If `max_length` is too large, or there is no field in the prompt.
     """
-    max_length, prompt = resolve_max_length(parameters, limit), parameters.prompt
-    if prompt is not None and prompt.count(TEXT_FIELD) != 1:
-        raise ValueError(
-            f"Got prompt={prompt!r}. Wanted: a template with one {TEXT_FIELD}, the place of the "
-            f"text, e.g. {TEXT_FIELD + chr(10) + 'Label:'!r}."
-        )
-    return TextSettings(max_length, parameters.truncation, parameters.stride, prompt)
+    check_prompt(prompt)
+    return TextSettings(
+        max_length=resolve_max_length(parameters, limit),
+        truncation=parameters.truncation,
+        stride=parameters.stride,
+        prompt=prompt,
+        token_type_ids=token_type_ids,
+    )

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 MEGABATCHES_MIN = 4  # an epoch has at least this many megabatches, to keep the batches random
+INPUTS = "input_ids", "token_type_ids"  # the rows of a sequence, by their names in a model
 # The most effective batches that are sorted by length together.
 MEGABATCH_SIZE_MAX = 50
 
@@ -20,7 +21,8 @@ class TokenizedTexts:
     Parameters
     ----------
     sequences : sequence of sequences of int, of length n_texts
-        The token ids of each text, at least one each.
+        The token ids of each text, at least one each; or an array of shape (2, n_tokens) with
+        token ids and token types, for texts of two parts.
     pad_id : int
         The id for padding. Any id will do, since padding is masked and never recognised by its id.
 
@@ -33,7 +35,7 @@ class TokenizedTexts:
     def __init__(self, sequences: Sequence[ArrayLike], pad_id: int):
         self.sequences = [np.asarray(ids, dtype=np.int32) for ids in sequences]
         self.pad_id = pad_id
-        self.lengths = np.array([len(ids) for ids in self.sequences])
+        self.lengths = np.array([ids.shape[-1] for ids in self.sequences])
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -42,8 +44,8 @@ class TokenizedTexts:
         """Select rows by number."""
         return TokenizedTexts([self.sequences[row] for row in rows], self.pad_id)
 
-    def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stack the token ids of `rows`, padded to the longest of them.
+    def batch(self, rows: np.ndarray, n_tokens: int | None = None) -> dict[str, torch.Tensor]:
+        """Stack the tokens of `rows`, padded to the longest of them or to `n_tokens`.
 
         The padding is always on the right, whatever the tokenizer's `padding_side` is. Models count
         positions from the first column, so padding on the left would shift every text.
@@ -54,15 +56,19 @@ class TokenizedTexts:
 
         Returns
         -------
-        input_ids : torch.Tensor of shape (n_rows, n_tokens), int64
-        attention_mask : torch.Tensor of shape (n_rows, n_tokens), int64
-            The mask, which is 1 for tokens and 0 for padding.
+        inputs : dict of str to torch.Tensor of shape (n_rows, n_tokens), int64
+            The arguments of a model: `input_ids`, the `attention_mask`, which is 1 for tokens and 0
+            for padding, and `token_type_ids` if there are token types.
         """
         lengths = self.lengths[rows]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        input_ids[mask] = np.concatenate([self.sequences[row] for row in rows])
-        return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
+        mask = np.arange(n_tokens or lengths.max()) < lengths[:, None]
+        tokens = np.concatenate([np.atleast_2d(self.sequences[row]) for row in rows], axis=1)
+        arrays = {"attention_mask": mask.astype(np.int64)}
+        # The padding of token types is 0, as Transformers' tokenizers do it.
+        for name, values, padding in zip(INPUTS, tokens, (self.pad_id, 0), strict=False):
+            arrays[name] = np.full(mask.shape, padding, dtype=np.int64)
+            arrays[name][mask] = values
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def training_batches(

@@ -1,73 +1,78 @@
-"""Checks of a user's texts and weights, and the table of texts and labels that is trained on.
+"""Checks of a user's texts, labels and weights, and the table of them that is trained on.
 
 This module knows nothing about models: bad input is reported before a model is loaded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 
+from skqlora.settings.template import is_for_one_text
+from skqlora.text.columns import Columns, Rows, Table, check_column, rows_of, texts_of
 from skqlora.text.labels import check_labels
-from skqlora.text.values import is_missing, short, well_formed
 
 
-def check_texts(X: Any, name: str = "X") -> list[str]:
-    """Turn a user's texts into a list of str.
+@dataclass(frozen=True)
+class CheckedTexts:
+    """What a user passes as `X`, checked.
 
-    Parameters
+    Attributes
     ----------
-    X : list, tuple, Series or array of str, of shape (n_texts,), or a table with one column
-    name : str, default="X"
-        The user's name for `X`.
-
-    Returns
-    -------
-    texts : list of str, of length n_texts
-
-    Raises
-    ------
-    TypeError
-        If `X` is not a sequence, or if an entry is not a str. The message names its position.
-    ValueError
-        If `X` is empty or has several columns, or if a text is not valid Unicode.
+    texts : list of str, or of tuples of str, of length n_texts
+        What is tokenized: one text a row, or a text for each field of the prompt or, without a
+        prompt, for each column.
+    rows : sequence of length n_texts
+        The same for a scorer: the texts, or the rows of the table.
+    columns : Columns or None
+        What is remembered of the columns; None if these are just texts.
     """
-    wanted = "Wanted: a list, Series or array of str."
-    if isinstance(X, (str, bytes)):
-        raise TypeError(
-            f"Got {name} as a single {type(X).__name__}. {wanted} Pass [text] for one text."
-        )
-    column_like = hasattr(X, "__len__") and hasattr(X, "__getitem__")
-    if not column_like or isinstance(X, dict) or scipy.sparse.issparse(X):
-        raise TypeError(
-            f"Got {name} of type {type(X).__name__}. {wanted} Pass list({name}) if it holds texts."
-        )
-    columns = getattr(X, "column_names", None)
-    if isinstance(columns, list) and len(columns) == 1:  # a table, such as `datasets.Dataset`
-        X = X[columns[0]]
-    values = np.asarray(X, dtype=object)
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.ndim != 1:
-        raise ValueError(
-            f"Got {name} of shape {values.shape}. Wanted: one text a row. Pass a single column, "
-            "or join the columns into one text."
-        )
-    if len(values) == 0:
-        raise ValueError(f"Got {name} with 0 sample(s). Wanted: at least one text.")
-    for position, text in enumerate(values):
-        if not isinstance(text, str):
-            remedy = "Turn it into text."
-            if isinstance(text, dict):  # a row of a table, such as `datasets.Dataset`
-                remedy = f"Pass a column, such as {name}[{next(iter(text), 'text')!r}]."
-            if is_missing(text):
-                remedy = "Drop the row, or fill it with '' (pandas: fillna, polars: fill_null)."
-            raise TypeError(
-                f"Got {name}[{position}] = {short(text)} of type {type(text).__name__}. Wanted: "
-                f"str in every row. {remedy}"
-            )
-    return [well_formed(text, f"{name}[{position}]") for position, text in enumerate(values)]
+
+    texts: Sequence[str] | Sequence[tuple[str, ...]]
+    rows: Sequence[Any]
+    columns: Columns | None
+
+    @classmethod
+    def of(
+        cls,
+        table: Table,
+        columns: Columns | None = None,
+        prompt: str | None = None,
+        name: str = "X",
+    ) -> "CheckedTexts":
+        """Check the cells of a table, and turn them into text.
+
+        Parameters
+        ----------
+        table : Table
+        columns : Columns, optional
+            What is remembered of the columns, at this fit or at an earlier one.
+        prompt : str, optional
+        name : str, default="X"
+            The user's name for the table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a cell is empty or of a wrong kind, or if the prompt does not fit the columns.
+        """
+        if len(table.cells) == 1 and (prompt is None or is_for_one_text(prompt)):
+            texts = check_column(table.cells[0], name)
+            return cls(texts, texts, columns)
+        names = table.names if columns is None else columns.names
+        parts = texts_of(table, names, prompt, name)
+        return cls(parts, rows_of(table, columns or Columns(None, 1)), columns)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, numbers: np.ndarray) -> "CheckedTexts":
+        """Select rows by number."""
+        rows: Sequence[Any] = [self.rows[number] for number in numbers]
+        if isinstance(self.rows, Rows):
+            rows = Rows(rows, self.rows.remembered)
+        return CheckedTexts([self.texts[number] for number in numbers], rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class LabelledTexts:
 
     Attributes
     ----------
-    texts : list of str, of length n_texts
+    inputs : CheckedTexts
     classes : ndarray of shape (n_classes,)
         The classes in the labels' own dtype, or the numbers of a multilabel indicator's columns.
     targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
@@ -85,13 +90,18 @@ class LabelledTexts:
         The weights, without zeros. None gives each text a weight of one.
     """
 
-    texts: list[str]
+    inputs: CheckedTexts
     classes: np.ndarray
     targets: np.ndarray
     sample_weight: np.ndarray | None
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.inputs)
+
+    @property
+    def texts(self) -> Sequence[str] | Sequence[tuple[str, ...]]:
+        """What is tokenized."""
+        return self.inputs.texts
 
     @property
     def multilabel(self) -> bool:
@@ -105,16 +115,16 @@ class LabelledTexts:
 
     def take(self, rows: np.ndarray) -> "LabelledTexts":
         """Select rows by number."""
-        return LabelledTexts(
-            texts=[self.texts[row] for row in rows],
-            classes=self.classes,
+        return replace(
+            self,
+            inputs=self.inputs.take(rows),
             targets=self.targets[rows],
             sample_weight=None if self.sample_weight is None else self.sample_weight[rows],
         )
 
 
 def check_labelled_texts(
-    texts: list[str],
+    inputs: CheckedTexts,
     y: Any,
     sample_weight: Any = None,
     classes: np.ndarray | None = None,
@@ -124,7 +134,8 @@ def check_labelled_texts(
 
     Parameters
     ----------
-    texts : list of str, of length n_texts
+    inputs : CheckedTexts
+        The n_texts texts.
     y : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight : array-like of shape (n_texts,) or float, optional
     classes : ndarray of shape (n_classes,), optional
@@ -137,9 +148,9 @@ def check_labelled_texts(
     ValueError
         If labels or weights are invalid, or if there is not one for each text.
     """
-    classes, targets = check_labels(y, len(texts), classes, suffix)
-    sample_weight = check_sample_weight(sample_weight, len(texts), f"sample_weight{suffix}")
-    table = LabelledTexts(texts, classes, targets, sample_weight)
+    classes, targets = check_labels(y, len(inputs), classes, suffix)
+    sample_weight = check_sample_weight(sample_weight, len(inputs), f"sample_weight{suffix}")
+    table = LabelledTexts(inputs, classes, targets, sample_weight)
     if table.sample_weight is None:
         return table
     return table.take(np.flatnonzero(table.sample_weight))
@@ -173,13 +184,14 @@ def is_validation_given(
 
 
 def check_validation(
-    texts: list[str], y_val: Any, sample_weight_val: Any, training: LabelledTexts
+    inputs: CheckedTexts, y_val: Any, sample_weight_val: Any, training: LabelledTexts
 ) -> LabelledTexts:
     """Combine texts and labels for early stopping to score, with the classes of the training.
 
     Parameters
     ----------
-    texts : list of str, of length n_texts
+    inputs : CheckedTexts
+        The n_texts texts.
     y_val : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
     sample_weight_val : array-like of shape (n_texts,) or None
     training : LabelledTexts
@@ -190,7 +202,7 @@ def check_validation(
     ValueError
         If labels or weights are invalid, or if the labels are of another kind than in training.
     """
-    table = check_labelled_texts(texts, y_val, sample_weight_val, training.classes, suffix="_val")
+    table = check_labelled_texts(inputs, y_val, sample_weight_val, training.classes, suffix="_val")
     if table.multilabel != training.multilabel:
         kinds = ["one label for each text", "a multilabel indicator"]
         raise ValueError(

@@ -1,19 +1,18 @@
 """The way from texts to token ids, which are remembered for the folds and candidates of a search.
 
-This module knows nothing about labels, models or scikit-learn: a text is a ``str``.
+This module knows nothing about labels, models or scikit-learn. A row is a ``str``, or a tuple of
+them for the columns of a table.
 """
 
-import copy
 import functools
 import hashlib
 import json
-import re
 import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,10 @@ from transformers import AutoTokenizer
 
 from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.libraries import muted
-from skqlora.settings.adapter_settings import TEXT_FIELD, TextSettings
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.batches import TokenizedTexts
+from skqlora.text.cutting import Encoded, fit_into
+from skqlora.text.encoding import Row, RowEncoder
 
 FINGERPRINTED_TEXTS = (
     "",
@@ -33,15 +34,7 @@ FINGERPRINTED_TEXTS = (
     "x_1 = f(a)[0] # \U0001f600 https://example.org/?q=1&r=2",
     "pneumonoultramicroscopicsilicovolcanoconiosis",
 )  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
-HEAD_PART = 4  # where head and tail of a text are kept, the head is one part in this many
 CACHE_BYTES = 64_000_000  # the most that each tokenizer uses for remembered texts and ids
-
-
-class Encoded(NamedTuple):
-    """The ids of a text in one or several windows, and whether some ids are in no window."""
-
-    windows: tuple[np.ndarray, ...]
-    is_cut: bool
 
 
 @registered_lru_cache(maxsize=4)
@@ -128,32 +121,11 @@ class CachingTokenizer:
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
+        self._encoder = RowEncoder(tokenizer)
         self._max_bytes = max_bytes
-        self._remembered: OrderedDict[tuple[TextSettings, str], Encoded] = OrderedDict()
+        self._remembered: OrderedDict[tuple[TextSettings, Row], Encoded] = OrderedDict()
         self._n_bytes = 0
         self._lock = threading.Lock()
-
-    @functools.cached_property
-    def _special_tokens(self) -> set[str]:
-        added = self._tokenizer.added_tokens_decoder.values()
-        special = {*self._tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
-        return special - {""}
-
-    @functools.cached_property
-    def _special(self) -> re.Pattern[str]:
-        """The pattern of a special token in a prompt."""
-        return re.compile("|".join(map(re.escape, self._special_tokens)) or "(?!)")
-
-    @functools.cached_property
-    def _special_ids(self) -> set[int]:
-        return set(self._tokenizer.convert_tokens_to_ids(sorted(self._special_tokens)))
-
-    @functools.cached_property
-    def _plain_tokenizer(self) -> Any:
-        """A copy of the tokenizer to which special tokens in a text are text like any other."""
-        plain = copy.deepcopy(self._tokenizer)
-        plain.split_special_tokens = True
-        return plain
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -167,6 +139,11 @@ class CachingTokenizer:
         return hashlib.sha256(json.dumps([vocabulary, ids]).encode()).hexdigest()
 
     @property
+    def gives_token_type_ids(self) -> bool:
+        """Whether it says of which of two texts a token is."""
+        return "token_type_ids" in self._tokenizer.model_input_names
+
+    @property
     def max_length(self) -> int:
         """The greatest number of tokens, with special ones, that the tokenizer's files allow."""
         return self._tokenizer.model_max_length
@@ -174,19 +151,21 @@ class CachingTokenizer:
     def ids_of_word(self, word: str) -> list[int]:
         """Turn a word into the ids that it would have after a text, without special tokens."""
         both = (
-            self._plain_tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._encoder.plain_tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (" " + word, word)
         )
         return min(both, key=len)  # some tokenizers put a space before the word themselves
 
     def tokenize(
-        self, texts: list[str], settings: TextSettings, vocab_size: int
+        self, texts: Sequence[Row], settings: TextSettings, vocab_size: int
     ) -> tuple[TokenizedTexts, np.ndarray]:
         """Turn texts into token ids without ever cutting special ones or those of a prompt.
 
         Parameters
         ----------
-        texts : list of str, of length n_texts
+        texts : sequence of str or of tuple of str, of length n_texts
+            The texts of the rows, or the texts for the fields of the prompt; or pairs of texts,
+            which are encoded as the tokenizer does it, if there is no prompt.
         settings : TextSettings
         vocab_size : int
             The number of tokens that the model knows.
@@ -204,14 +183,14 @@ class CachingTokenizer:
         ------
         ValueError
             If `max_length` leaves no room for a token of the text or too little for `stride`, or if
-            the tokenizer is not the model's or is too simple for a prompt.
+            the tokenizer is not the model's or is too simple for a prompt or a pair.
 
         Warns
         -----
         UserWarning
             If texts were cut. The message says how large a share of them.
         """
-        self._check_max_length(settings)
+        self._check_max_length(texts[0], settings)
         known = self._recall(texts, settings)
         unknown = list(dict.fromkeys(text for text in texts if text not in known))
         if unknown:
@@ -225,18 +204,9 @@ class CachingTokenizer:
         counts = np.array([len(text.windows) for text in encoded])
         return TokenizedTexts(windows, pad_id), counts
 
-    def _check_max_length(self, settings: TextSettings) -> None:
+    def _check_max_length(self, row: Row, settings: TextSettings) -> None:
         """Refuse a `max_length` without room for text next to special tokens and the prompt."""
-        n_special = n_kept = self._tokenizer.num_special_tokens_to_add()
-        what = f"the tokenizer adds {n_special} special tokens to each text"
-        if settings.prompt is not None:
-            if not self._tokenizer.is_fast:
-                raise ValueError(
-                    f"Got prompt={settings.prompt!r} but the model's tokenizer cannot say which "
-                    "tokens are the text's. Wanted: prompt=None, or a model with a tokenizer.json."
-                )
-            n_kept = len(self._tokenizer(settings.prompt.replace(TEXT_FIELD, ""))["input_ids"])
-            what = f"the prompt and {n_special} special tokens take {n_kept}"
+        n_kept, what = self._encoder.count_kept(row, settings)
         if settings.max_length <= n_kept:
             raise ValueError(
                 f"Got max_length={settings.max_length} but {what}; pass at least {n_kept + 1}."
@@ -249,7 +219,7 @@ class CachingTokenizer:
                 "pass a greater max_length."
             )
 
-    def _recall(self, texts: Iterable[str], settings: TextSettings) -> "dict[str, Encoded]":
+    def _recall(self, texts: Iterable[Row], settings: TextSettings) -> dict[Row, Encoded]:
         known = {}
         with self._lock:
             for text in texts:
@@ -259,7 +229,7 @@ class CachingTokenizer:
                     known[text] = encoded
         return known
 
-    def _remember(self, new: "dict[str, Encoded]", settings: TextSettings) -> None:
+    def _remember(self, new: dict[Row, Encoded], settings: TextSettings) -> None:
         if sum(map(_size, new, new.values())) > self._max_bytes:
             return  # so much text would only push out texts that will be needed again
         with self._lock:
@@ -271,15 +241,14 @@ class CachingTokenizer:
                 (_, text), encoded = self._remembered.popitem(last=False)
                 self._n_bytes -= _size(text, encoded)
 
-    def _encode(self, texts: list[str], settings: TextSettings, vocab_size: int) -> "list[Encoded]":
+    def _encode(self, texts: list[Row], settings: TextSettings, vocab_size: int) -> list[Encoded]:
         # The tokenizer spreads a batch over all cores. A worker process that was given one thread
         # must not use them, so it tokenizes its texts one by one.
         batches = [texts] if torch.get_num_threads() > 1 else [[text] for text in texts]
-        filler = [self._first_known(("bos_token_id", "eos_token_id"), vocab_size)]
         encoded = [
-            _cut(np.array(ids or filler, dtype=np.int32), of_text, settings)
+            fit_into(encoding, settings) if len(encoding.part_of) else self._filler(vocab_size)
             for batch in batches
-            for ids, of_text in self._ids(batch, settings)
+            for encoding in self._encoder.encode(batch, settings)
         ]
         greatest = max(int(ids.max()) for text in encoded for ids in text.windows)
         if greatest >= vocab_size:
@@ -289,95 +258,20 @@ class CachingTokenizer:
             )
         return encoded
 
-    def _ids(
-        self, texts: list[str], settings: TextSettings
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield each text's uncut ids and a mask of those that are neither special nor prompt."""
-        prompt = settings.prompt or TEXT_FIELD
-        encoded = self._encoded(self._tokenizer, texts, prompt)
-        for (ids, of_text), text in zip(encoded, texts, strict=True):
-            found = self._special_ids.intersection(np.array(ids)[of_text].tolist())
-            if found and not settings.parse_special_tokens:
-                yield self._as_text(text, prompt)
-            else:
-                yield ids, of_text
-
-    def _as_text(self, text: str, prompt: str) -> tuple[list[int], np.ndarray]:
-        """Encode a text that holds special tokens, which are tokens only in the prompt."""
-        before, _, after = prompt.partition(TEXT_FIELD)
-        start = max((found.end() for found in self._special.finditer(before)), default=0)
-        stop = next((found.start() for found in self._special.finditer(after)), len(after))
-        outer, near = before[:start] + after[stop:], before[start:] + TEXT_FIELD + after[:stop]
-        if not outer:
-            return next(self._encoded(self._plain_tokenizer, [text], prompt))
-        # Between two special tokens a tokenizer takes each piece for itself.
-        own, of_text = next(
-            self._encoded(self._plain_tokenizer, [text], near, add_special_tokens=False)
-        )
-        around = self._tokenizer(outer, return_offsets_mapping=True)
-        ends = np.array(around["offset_mapping"])[:, 1]
-        n_before = len(self._tokenizer(before[:start], add_special_tokens=False)["input_ids"])
-        place = int(np.flatnonzero(ends > 0)[0]) + n_before
-        ids = [*around["input_ids"][:place], *own, *around["input_ids"][place:]]
-        mask = np.zeros(len(ids), dtype=bool)
-        mask[place : place + len(own)] = of_text
-        return ids, mask
-
-    def _encoded(
-        self, tokenizer: Any, texts: list[str], prompt: str, *, add_special_tokens: bool = True
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        before, _, after = prompt.partition(TEXT_FIELD)
-        encoding = tokenizer(
-            [before + text + after for text in texts],
-            add_special_tokens=add_special_tokens,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_special_tokens_mask=True,
-            return_offsets_mapping=prompt != TEXT_FIELD,
-            verbose=False,
-        )
-        for number, (ids, text) in enumerate(zip(encoding["input_ids"], texts, strict=True)):
-            of_text = np.array(encoding["special_tokens_mask"][number]) == 0
-            if prompt != TEXT_FIELD:
-                start, stop = np.array(encoding["offset_mapping"][number]).reshape(-1, 2).T
-                # The prompt's last space may be part of the text's first token.
-                of_text &= (stop > len(before)) & (start >= len(before.rstrip()))
-                of_text &= stop <= len(before) + len(text)
-            yield ids, of_text
+    def _filler(self, vocab_size: int) -> Encoded:
+        """Return a token for a text of which a tokenizer makes none."""
+        token = self._first_known(("bos_token_id", "eos_token_id"), vocab_size)
+        return Encoded((np.array([token], dtype=np.int32),), is_cut=False)
 
     def _first_known(self, names: Iterable[str], vocab_size: int) -> int:
         ids = (getattr(self._tokenizer, name) for name in names)
         return next((token for token in ids if token is not None and token < vocab_size), 0)
 
 
-def _size(text: str, encoded: Encoded) -> int:
+def _size(text: Row, encoded: Encoded) -> int:
     """Count the bytes that a remembered text takes, including its place in the table."""
-    return sys.getsizeof(text) + sum(map(sys.getsizeof, encoded.windows)) + 300
-
-
-def _cut(ids: np.ndarray, of_text: np.ndarray, settings: TextSettings) -> Encoded:
-    """Fit a text's ids into `max_length`, by cutting some off or by making windows."""
-    max_length = settings.max_length
-    if len(ids) <= max_length:
-        return Encoded((ids,), is_cut=False)
-    places = np.flatnonzero(of_text)
-    first, last = (places[0], places[-1] + 1) if len(places) else (0, 0)
-    opening, text, closing = ids[:first], ids[first:last], ids[last:]
-    room = max_length - len(opening) - len(closing)
-    if room < 1:  # the text consists of special tokens
-        return Encoded((np.concatenate([opening, closing])[:max_length],), is_cut=True)
-    if settings.truncation == "windows":
-        step = max(room - settings.stride, -(-room // 2))
-        # The last window is as long as the others, since it counts as much as they do.
-        starts = [*range(0, len(text) - room, step), len(text) - room]
-        kept = [text[start : start + room] for start in starts]
-    else:
-        n_head = {"head": room, "tail": 0, "head+tail": room // HEAD_PART}[settings.truncation]
-        kept = [np.concatenate([text[:n_head], text[len(text) - room + n_head :]])]
-    windows = tuple(np.concatenate([opening, part, closing]) for part in kept)
-    return Encoded(windows, is_cut=settings.truncation != "windows")
+    parts = () if isinstance(text, str) else text
+    return sum(map(sys.getsizeof, (text, *parts, *encoded.windows))) + 300
 
 
 def _warn_of_cuts(encoded: list[Encoded], settings: TextSettings) -> None:

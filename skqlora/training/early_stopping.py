@@ -61,7 +61,7 @@ class EarlyStopping:
         if table.sample_weight is not None:
             weights = {"sample_weight": without_exponent(table.sample_weight)}
         try:
-            score = self._scorer(fitted, table.texts, table.labels, **weights)
+            score = self._scorer(fitted, table.inputs.rows, table.labels, **weights)
         except TypeError as error:
             if weights and "sample_weight" in str(error):
                 raise TypeError(
@@ -174,7 +174,7 @@ def hold_out(
     return table.take(training), table.take(np.sort(held_out))
 
 
-def _loss_scorer(fitted: Any, X: list[str], y: np.ndarray, sample_weight: Any = None) -> float:
+def _loss_scorer(fitted: Any, X: Any, y: np.ndarray, sample_weight: Any = None) -> float:
     """Return the negative mean cross-entropy, in nats."""
     if y.ndim == 2:
         logits = fitted.decision_function(X)

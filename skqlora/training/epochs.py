@@ -229,7 +229,7 @@ class _Saving:
         if directory is not None:
             model = run.trainer.model
             bases = model.backbone.fingerprint_for(model.pooling), run.tokenizer_fingerprint
-            identity = data, bases, run.settings.text_settings, ranks.size
+            identity = data, bases, run.text_settings, ranks.size
             self._checkpoints = Checkpoints(directory, estimator, identity, torch.get_num_threads())
 
     def __enter__(self) -> "_Saving":
@@ -336,6 +336,7 @@ def _fitted_now(
         run.trainer.check_finite()
         adapter = run.adapter_state()
     return Fitted(
+        columns=table.inputs.columns,
         classes=table.classes,
         multilabel=table.multilabel,
         adapter=adapter,

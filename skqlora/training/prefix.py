@@ -4,7 +4,7 @@ They are frozen and have no adapter, so what enters the first adapted layer stay
 model's own forward pass still runs around them, and takes care of masks, positions and scalings.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -90,10 +90,10 @@ def cached_prefix(
     states: list[torch.Tensor] = []
     if blocks is not None and first > 0:
         max_tokens = batch_size * int(tokens.lengths.max())
-        run = _PrefixRun(model, list(blocks[: first + 1]), tokens.pad_id, max_length, max_tokens)
+        run = _PrefixRun(model, list(blocks[: first + 1]), tokens, max_length, max_tokens)
         try:
-            if _can_be_cut(run, tokens, dtype):
-                states = _fetch(run, tokens.sequences, (first, dtype))
+            if _can_be_cut(run, dtype):
+                states = _fetch(run, (first, dtype))
         except RuntimeError as error:  # the training itself may continue in smaller passes
             if not is_out_of_memory(error):
                 raise
@@ -118,18 +118,17 @@ def _first_adapted(encoder: nn.Module, blocks: nn.ModuleList | None) -> int:
     return 0 if elsewhere else min(numbers, default=0)
 
 
-def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | None) -> bool:
+def _can_be_cut(run: "_PrefixRun", dtype: torch.dtype | None) -> bool:
     """Check on the first texts whether the model computes the same from what would be kept."""
-    rows = np.arange(min(N_CHECKED, len(tokens)))
-    texts = {(row,): tokens.sequences[row] for row in rows}
-    expected = _logits(run.model, tokens, rows)
+    rows = np.arange(min(N_CHECKED, len(run.tokens)))
+    expected = _logits(run, rows)
     try:
-        width, kept_dtype = run.inspect(tokens.sequences[0])
-        states = run.compute(texts, state_store.in_memory(width, dtype or kept_dtype))
-        prefix = CachedPrefix([states[key] for key in texts])
+        width, kept_dtype = run.inspect()
+        states = run.compute(rows.tolist(), state_store.in_memory(width, dtype or kept_dtype))
+        prefix = CachedPrefix([states[row] for row in rows.tolist()])
         with run.skipped(prefix):
             prefix.feed(rows)
-            found = _logits(run.model, tokens, rows)
+            found = _logits(run, rows)
     except Exception as error:  # this model calls its layers in another way
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
@@ -138,10 +137,12 @@ def _can_be_cut(run: "_PrefixRun", tokens: TokenizedTexts, dtype: torch.dtype | 
 
 
 @torch.no_grad()
-def _logits(model: TextClassifierModel, tokens: TokenizedTexts, rows: np.ndarray) -> torch.Tensor:
-    device = model.backbone.spec.device
-    ids, mask = tokens.batch(rows)
-    return model(ids.to(device), mask.to(device))
+def _logits(run: "_PrefixRun", rows: np.ndarray) -> torch.Tensor:
+    return run.model(**_on(run.model.backbone.spec.device, run.tokens.batch(rows)))
+
+
+def _on(device: torch.device, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
 def _agree(
@@ -156,14 +157,15 @@ class _Reached(Exception):
 
 
 class _PrefixRun:
-    """The layers before the first adapted one, run on token ids.
+    """The layers before the first adapted one, run on tokenized texts.
 
     Parameters
     ----------
     model : TextClassifierModel
     blocks : list of torch.nn.Module
         The layers before the first adapted one, and that one at the end.
-    pad_id, max_length : int
+    tokens : TokenizedTexts
+    max_length : int
     max_tokens : int
         The greatest number of tokens of a pass on an accelerator.
     """
@@ -172,30 +174,26 @@ class _PrefixRun:
         self,
         model: TextClassifierModel,
         blocks: list[nn.Module],
-        pad_id: int,
+        tokens: TokenizedTexts,
         max_length: int,
         max_tokens: int,
     ):
         self.model, self._blocks, self._last = model, blocks[:-1], blocks[-1]
-        self._pad_id, self._max_length = pad_id, max_length
+        self.tokens, self._max_length = tokens, max_length
         on_cpu = model.backbone.spec.device.type == "cpu"
         self._pass_tokens = CPU_PASS_TOKENS if on_cpu else min(PASS_TOKENS, max_tokens)
         self._forms: list[int | None] = []  # the length of the tuple that each layer returns
 
     @torch.no_grad()
-    def __call__(self, sequences: list[np.ndarray], n_rows: int, n_tokens: int) -> torch.Tensor:
+    def __call__(self, rows: list[int], n_rows: int, n_tokens: int) -> torch.Tensor:
         """Compute the hidden states of some texts in a pass of a given shape.
 
         Returns
         -------
         hidden : torch.Tensor of shape (n_rows, n_tokens, width)
         """
-        device = self.model.backbone.spec.device
-        ids = np.full((n_rows, n_tokens), self._pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row in range(n_rows):  # a pass that is not full repeats its last text
-            sequence = sequences[min(row, len(sequences) - 1)]
-            ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+        full = rows + rows[-1:] * (n_rows - len(rows))  # a pass that is not full repeats a text
+        inputs = self.tokens.batch(np.array(full), n_tokens)
         reached: list[torch.Tensor] = []
 
         def stop(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -206,7 +204,7 @@ class _PrefixRun:
         handles = [block.register_forward_hook(self._note_form) for block in self._blocks]
         handles.append(self._last.register_forward_pre_hook(stop, with_kwargs=True))
         try:
-            self.model(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+            self.model(**_on(self.model.backbone.spec.device, inputs))
         except _Reached:
             pass
         finally:
@@ -214,9 +212,9 @@ class _PrefixRun:
                 handle.remove()
         return reached[0]
 
-    def inspect(self, sequence: np.ndarray) -> tuple[int, torch.dtype]:
+    def inspect(self) -> tuple[int, torch.dtype]:
         """Return the width and the dtype of what enters the first adapted layer."""
-        hidden = self([sequence], 1, len(sequence))
+        hidden = self([0], 1, int(self.tokens.lengths[0]))
         return hidden.shape[-1], hidden.dtype
 
     def padded_length(self, length: int) -> int:
@@ -224,35 +222,35 @@ class _PrefixRun:
         return min(rounded_up_length(length), self._max_length)
 
     def compute(
-        self, texts: Mapping[tuple, np.ndarray], allocate: Callable[[int], torch.Tensor]
-    ) -> dict[tuple, torch.Tensor]:
+        self, rows: Iterable[int], allocate: Callable[[int], torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
         """Compute the states of texts, each in a pass whose shape follows from its length.
 
         Parameters
         ----------
-        texts : mapping of tuple to ndarray of int
-            The token ids of each text, by any key.
+        rows : iterable of int
+            The numbers of the texts.
         allocate : callable
             A function of a number of tokens that returns a tensor of shape (n_tokens, width).
 
         Returns
         -------
-        states : dict of tuple to torch.Tensor of shape (n_tokens, width)
+        states : dict of int to torch.Tensor of shape (n_tokens, width)
         """
-        by_shape: dict[tuple[int, bool], list[tuple]] = {}
-        for key, ids in texts.items():
-            n_tokens = self.padded_length(len(ids))
+        lengths = self.tokens.lengths
+        by_shape: dict[tuple[int, bool], list[int]] = {}
+        for row in rows:
+            n_tokens = self.padded_length(int(lengths[row]))
             # Attention takes another kernel where nothing is padded, so such texts stay apart.
-            by_shape.setdefault((n_tokens, len(ids) == n_tokens), []).append(key)
+            by_shape.setdefault((n_tokens, lengths[row] == n_tokens), []).append(row)
         states = {}
-        for (n_tokens, _), keys in by_shape.items():
+        for (n_tokens, _), alike in by_shape.items():
             n_rows = max(1, self._pass_tokens // n_tokens)
-            for first in range(0, len(keys), n_rows):
-                part = keys[first : first + n_rows]
-                hidden = self([texts[key] for key in part], n_rows, n_tokens).cpu()
-                for key, row in zip(part, hidden, strict=False):
-                    n = len(texts[key])
-                    states[key] = allocate(n).copy_(row[:n])
+            for first in range(0, len(alike), n_rows):
+                part = alike[first : first + n_rows]
+                for row, hidden in zip(part, self(part, n_rows, n_tokens).cpu(), strict=False):
+                    n = int(lengths[row])
+                    states[row] = allocate(n).copy_(hidden[:n])
         return states
 
     @contextmanager
@@ -278,27 +276,29 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _fetch(
-    run: _PrefixRun, sequences: list[np.ndarray], kind: tuple[int, torch.dtype | None]
-) -> list[torch.Tensor]:
+def _fetch(run: _PrefixRun, kind: tuple[int, torch.dtype | None]) -> list[torch.Tensor]:
     """Return the states of each text, kept or computed now; an empty list if there is no room."""
     backbone = run.model.backbone
-    keys = [(*kind, run.padded_length(len(ids)), ids.tobytes()) for ids in sequences]
+    lengths = run.tokens.lengths.tolist()
+    keys = [
+        (*kind, run.padded_length(length), ids.shape, ids.tobytes())
+        for length, ids in zip(lengths, run.tokens.sequences, strict=True)
+    ]
     there = state_store.find(backbone, keys)
-    missing = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in there}
+    missing = {key: row for row, key in enumerate(keys) if key not in there}
     if missing:
-        width, dtype = run.inspect(sequences[0])
+        width, dtype = run.inspect()
         dtype = kind[1] or dtype
-        n_tokens = sum(len(ids) for ids in missing.values())
+        n_tokens = sum(lengths[row] for row in missing.values())
         n_bytes = n_tokens * width * dtype.itemsize
         with state_store.reserved_memory(n_bytes, backbone, there) as fits:
             if fits:
-                computed = run.compute(missing, state_store.in_memory(width, dtype))
-                state_store.keep(backbone, computed)
+                computed = run.compute(missing.values(), state_store.in_memory(width, dtype))
+                state_store.keep(backbone, {key: computed[row] for key, row in missing.items()})
             else:
                 allocate = state_store.in_file(n_tokens, width, dtype)
                 if allocate is None:
                     return []
-                computed = run.compute(missing, allocate)
-        there |= computed
+                computed = run.compute(missing.values(), allocate)
+        there |= {key: computed[row] for key, row in missing.items()}
     return [there[key] for key in keys]

@@ -13,6 +13,7 @@ import torch
 
 from skqlora._utils.processes import check_not_forked
 from skqlora.adapter import AdapterState, Footprint, OptimizerState
+from skqlora.checkpoint.architecture import Architecture
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.free import free_memory
 from skqlora.memory.planning import PlannedFit, choose_checkpointing, fits
@@ -20,8 +21,10 @@ from skqlora.memory.tracing import UntraceableError
 from skqlora.model.cache import count_bytes_of, drop_other_backbones, get_backbone
 from skqlora.model.lora import resolve_lora
 from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings
+from skqlora.settings.template import prompt_of_lines
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.tokenization import load_tokenizer
@@ -61,20 +64,20 @@ class TrainingRun:
     ----------
     trainer : Trainer
     settings : Settings
+    text_settings : TextSettings
     tokenizer_fingerprint : str
     footprint : Footprint
     """
 
     trainer: Trainer
     settings: Settings
+    text_settings: TextSettings
     tokenizer_fingerprint: str
     footprint: Footprint
 
     def adapter_state(self) -> AdapterState:
         """Return a copy of the adapter as it is now."""
-        return self.trainer.model.adapter_state(
-            self.settings.text_settings, self.tokenizer_fingerprint
-        )
+        return self.trainer.model.adapter_state(self.text_settings, self.tokenizer_fingerprint)
 
 
 @contextmanager
@@ -125,7 +128,12 @@ def prepared_training(
     architecture = spec.architecture(progress_bars=bool(parameters.verbose))
     lora = resolve_lora(parameters, architecture.skeleton)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
-    text_settings = resolve_text_settings(parameters, architecture.max_length(tokenizer.max_length))
+    text_settings = resolve_text_settings(
+        parameters,
+        architecture.max_length(tokenizer.max_length),
+        _resolve_prompt(parameters.prompt, table, architecture),
+        token_type_ids=architecture.takes_token_type_ids and tokenizer.gives_token_type_ids,
+    )
     check_class_names(parameters.init_head_weights, table, parameters.pooling)
     tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size)
     rows, row_weights = expand_windows(table, weights, counts)
@@ -140,6 +148,7 @@ def prepared_training(
         device=str(spec.device),
         compute_dtype=str(spec.compute_dtype).removeprefix("torch."),
         max_length=text_settings.max_length,
+        prompt=text_settings.prompt,
         pooling=parameters.pooling,
         num_train_epochs=n_epochs,
         gradient_checkpointing=checkpointing,
@@ -190,7 +199,19 @@ def prepared_training(
             ) as trainer,
         ):
             footprint = backbone.footprint(model.count_trainable())
-            yield TrainingRun(trainer, settings, tokenizer.fingerprint, footprint)
+            yield TrainingRun(trainer, settings, text_settings, tokenizer.fingerprint, footprint)
+
+
+def _resolve_prompt(
+    prompt: str | None, table: LabelledTexts, architecture: Architecture
+) -> str | None:
+    """Choose a prompt for several columns, if there is none and they are no pair for an encoder."""
+    first, columns = table.texts[0], table.inputs.columns
+    if prompt is not None or isinstance(first, str):
+        return prompt
+    if len(first) == 2 and architecture.is_encoder:
+        return None
+    return prompt_of_lines(None if columns is None else columns.names, len(first))
 
 
 def _choose_checkpointing(planned: PlannedFit) -> bool:

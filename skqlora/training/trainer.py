@@ -341,12 +341,12 @@ class Trainer:
 
     def _loss(self, rows: np.ndarray, part: RowsOfUpdate | None = None) -> torch.Tensor:
         """Compute the sum of the weighted losses of a micro-batch."""
-        input_ids, mask = (x.to(self.device) for x in self.tokens.batch(rows))
+        inputs = {name: x.to(self.device) for name, x in self.tokens.batch(rows).items()}
         if self.prefix is not None:
             self.prefix.feed(rows)
         targets = torch.as_tensor(self.targets[rows], device=self.device)
         weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)
-        losses = self.model.compute_losses(input_ids, mask, targets, part)
+        losses = self.model.compute_losses(inputs, targets, part)
         return (weights * losses).sum()
 
     def _apply(self) -> None:

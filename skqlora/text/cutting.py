@@ -1,0 +1,124 @@
+"""Fitting the tokens of a row into `max_length`, by cutting some off or by making windows.
+
+Special tokens and those of a prompt are never cut.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from skqlora.settings.adapter_settings import TextSettings
+from skqlora.text.encoding import Encoding
+
+HEAD_PART = 4  # where head and tail of a text are kept, the head is one part in this many
+
+
+class Encoded(NamedTuple):
+    """The ids of a row in one or several windows, and whether some ids are in no window."""
+
+    windows: tuple[np.ndarray, ...]
+    is_cut: bool
+
+
+def fit_into(encoding: Encoding, settings: TextSettings) -> Encoded:
+    """Fit the tokens of a row into `max_length`.
+
+    Parameters
+    ----------
+    encoding : Encoding
+    settings : TextSettings
+
+    Returns
+    -------
+    encoded : Encoded
+        Without windows, the longest parts are cut first, down to the length of the next ones. With
+        windows, one part slides and the others stay whole.
+
+    Raises
+    ------
+    ValueError
+        If the parts that stay whole leave no room for the one that slides.
+    """
+    ids, part_of = encoding
+    n_tokens = len(part_of)
+    if n_tokens <= settings.max_length:
+        return Encoded((ids,), is_cut=False)
+    spans = _spans(part_of)
+    lengths = [stop - start for start, stop in spans]
+    room = settings.max_length - (n_tokens - sum(lengths))
+    if room < 1:  # the text consists of special tokens
+        keep = np.ones(n_tokens, dtype=bool)
+        for start, stop in spans:
+            keep[start:stop] = False
+        return Encoded((ids[..., keep][..., : settings.max_length],), is_cut=True)
+    if settings.truncation == "windows":
+        return Encoded(tuple(_windows(ids, spans, room, settings)), is_cut=False)
+    keep = np.ones(n_tokens, dtype=bool)
+    for (start, stop), share in zip(spans, share_room(lengths, room), strict=True):
+        n_head = {"head": share, "tail": 0, "head+tail": share // HEAD_PART}[settings.truncation]
+        keep[start + n_head : stop - (share - n_head)] = False
+    return Encoded((ids[..., keep],), is_cut=True)
+
+
+def share_room(lengths: list[int], room: int) -> list[int]:
+    """Share tokens out among parts, so that the longest are cut first.
+
+    For two parts this is what "longest_first" is to the tokenizers of Transformers.
+
+    Parameters
+    ----------
+    lengths : list of int
+    room : int
+        The number of tokens to share out.
+
+    Returns
+    -------
+    shares : list of int
+        At most the length of each part, and `room` in sum unless all fit.
+    """
+    shares = list(lengths)
+    # The shortest parts choose first; each may take an equal part of what is left by then.
+    order = sorted(range(len(lengths)), key=lambda part: lengths[part])
+    for n_chosen, part in enumerate(order):
+        shares[part] = min(lengths[part], room // (len(order) - n_chosen))
+        room -= shares[part]
+    return shares
+
+
+def _spans(part_of: np.ndarray) -> list[tuple[int, int]]:
+    """Find where each part begins and ends; there is always a first part."""
+    spans = []
+    for part in range(max(1, int(part_of.max()) + 1)):
+        places = np.flatnonzero(part_of == part)
+        spans.append((int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0))
+    return spans
+
+
+def _windows(
+    ids: np.ndarray, spans: list[tuple[int, int]], room: int, settings: TextSettings
+) -> list[np.ndarray]:
+    """Cut the part that slides into windows, and put each between the parts that stay whole.
+
+    That is the second part of a pair, and the longest field of a prompt.
+    """
+    lengths = [stop - start for start, stop in spans]
+    sliding = int(np.argmax(lengths)) if settings.prompt is not None else len(spans) - 1
+    start, stop = spans[sliding]
+    n_tokens = lengths[sliding]
+    room -= sum(lengths) - n_tokens
+    if room < 1:
+        whole = "the first column" if settings.prompt is None else "all but the longest field"
+        raise ValueError(
+            f"Got truncation='windows' and a row in which {whole} takes all of max_length="
+            f"{settings.max_length} tokens. Wanted: room for the part that is cut into windows. "
+            "Pass a greater max_length, or truncation='head'."
+        )
+    step = max(room - settings.stride, -(-room // 2))
+    windows = []
+    # The last window is as long as the others, since it counts as much as they do.
+    for first in [*range(0, n_tokens - room, step), n_tokens - room]:
+        keep = np.ones(ids.shape[-1], dtype=bool)
+        keep[start:stop] = False
+        keep[start + first : start + first + room] = True
+        windows.append(ids[..., keep])
+    return windows
