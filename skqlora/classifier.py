@@ -84,8 +84,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         the mean of their logits. Of several columns the longest is cut first, and windows are made
         of a pair's second text or of the prompt's longest field.
     stride : int, default=0
-        The number of tokens that a window shares with the one before: at most half of a window; the
-        last one may share more.
+        The number of tokens that a window shares with the one before: at most half of a window.
     prompt : str, default=None
         A template with a field for each text, such as ``"{text}\nLabel:"``. It is never cut. For
         several columns its fields are their names or positions, as in `str.format`:
@@ -98,8 +97,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The number of texts of one update, if `gradient_accumulation_steps` is 1. A forward pass has
         at most that many of the longest texts, and on a CPU at most 2,048 tokens of them.
     gradient_accumulation_steps : int, default=1
-        An update uses this many times `batch_size` texts. How the product of the two is split
-        changes only memory and time.
+        How many times `batch_size` texts an update uses. Only memory and time depend on the split.
     gradient_checkpointing : "auto" or bool, default="auto"
         Whether activations are computed again instead of being kept. This takes less memory and
         about a third more time. "auto" does it if the fit would not fit into memory otherwise,
