@@ -26,7 +26,7 @@ if QUICK:  # few texts have only the more frequent ones
 documented = load_documented()
 texts = [each.text for each in documented]
 y = MultiLabelBinarizer(classes=LABELS).fit_transform(
-    [each.parameters & set(LABELS) for each in documented]
+    [set(LABELS).intersection(each.parameters) for each in documented]
 )
 train, test, train_y, test_y = train_test_split(texts, y, test_size=0.4, random_state=0)
 print(f"{len(train)} training texts, of which {np.mean(train_y.any(axis=1)):.0%} have a label")

@@ -52,8 +52,8 @@ class Documented:
         The first two dozen as they stand there.
     area, library : str
     is_class : bool
-    parameters : frozenset of str
-        Their names.
+    parameters : tuple of str
+        Their names, in order.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Documented:
     area: str
     library: str
     is_class: bool
-    parameters: frozenset
+    parameters: tuple
 
 
 def load_documented():
@@ -104,9 +104,9 @@ def _documented(module_name, area):
 
 def _parameters(thing):
     try:
-        return frozenset(inspect.signature(thing).parameters)
+        return tuple(inspect.signature(thing).parameters)
     except (TypeError, ValueError):
-        return frozenset()
+        return ()
 
 
 def describe(name, docstring):

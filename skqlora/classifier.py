@@ -70,7 +70,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         regression to the vectors that the untrained model computes from the training texts (arXiv
         2202.10054), which costs one prediction of these texts; `partial_fit` draws random numbers
         instead. "class_names" is for decoders and labels that are words: the head starts with the
-        output embeddings of these words, and so with the model's own guess at what follows `prompt`.
+        output embeddings of these words, i.e. with the model's own guess at what follows `prompt`.
     pooling : {"auto", "last", "mean", "cls", "pooler"}, default="auto"
         The way in which the hidden states of a text become one vector. "auto" takes the last token
         of a decoder and the mean over the tokens of an encoder.

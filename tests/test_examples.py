@@ -106,6 +106,8 @@ def test_docstrings_do_not_name_their_function():
         ("09_calibration", "after   accuracy 0."),
         ("10_three_tasks_one_base", "the base was loaded 1 time(s)"),
         ("11_explain", "Predicted: "),
+        ("13_pairs", "both texts at once    0."),
+        ("14_table", "all columns     accuracy 0."),
     ],
 )
 def test_gallery(name, printed):

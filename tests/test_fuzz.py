@@ -35,7 +35,10 @@ VALUES = {
     "max_length": ["auto", 3, 16, 500],
     "truncation": ["head", "tail", "head+tail", "windows"],
     "stride": [0, 2, 40],
-    "prompt": [None, "{text} is", "Say: {text}\nIt is a", "nothing", "{text}{text}", "<s>{text}"],
+    "prompt": [
+        *[None, "{text} is", "Say: {text}\nIt is a", "nothing", "{text}{text}", "<s>{text}"],
+        *["{0}: {1}", "{1:>9}</s>{0}{0}", "{0:.2f}", "{0} {2}"],
+    ],
     "num_train_epochs": [1, 2, np.int32(3)],
     "batch_size": [1, 5, 64],
     "gradient_accumulation_steps": [1, 3],
@@ -69,12 +72,16 @@ LABELS = {
 
 @st.composite
 def cases(draw):
-    """Draw a family, a few parameters that are not the defaults, texts, labels and weights."""
+    """Draw a family, a few parameters that are not the defaults, rows, labels and weights."""
     names = draw(st.lists(st.sampled_from(sorted(VALUES)), max_size=7, unique=True))
     params = {name: draw(st.sampled_from(VALUES[name])) for name in names}
     n_texts = draw(st.integers(4, 14))
     kind = draw(st.sampled_from(sorted(LABELS)))
-    texts = draw(st.lists(st.sampled_from(TEXTS), min_size=n_texts, max_size=n_texts))
+    row = st.sampled_from(TEXTS)
+    n_columns = draw(st.sampled_from([0, 0, 1, 2, 3]))
+    if n_columns:
+        row = st.lists(row, min_size=n_columns, max_size=n_columns)
+    texts = draw(st.lists(row, min_size=n_texts, max_size=n_texts))
     y = [LABELS[kind][i % len(LABELS[kind])] for i in range(n_texts)]
     weights = draw(st.sampled_from([None, 1.0, np.arange(n_texts), np.full(n_texts, 1e-20)]))
     y = np.array(y) if kind in ("several", "dates") else y

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 from helpers import make_classifier
@@ -52,6 +53,20 @@ def test_answers_are_those_of_the_classifier(client, folder, corpus):
     assert answer["classes"] == clf.classes_.tolist()
     assert answer["labels"] == clf.predict(texts).tolist()
     np.testing.assert_allclose(answer["probabilities"], clf.predict_proba(texts), rtol=1e-5)
+
+
+def test_rows_of_a_table(serving, encoder, corpus, tmp_path):
+    texts, labels = corpus
+    frame = pd.DataFrame({"title": texts, "price": np.arange(len(texts)) / 4})
+    clf = make_classifier(encoder, num_train_epochs=1, prompt="{price:.2f} {title}")
+    clf.fit(frame, labels).save(tmp_path / "products")
+    rows = frame[["price", "title"]][:5].to_dict("records")
+    with TestClient(serving.create_app(tmp_path)) as client:
+        answer = client.post("/classifiers/products", json={"texts": rows}).json()
+        for wrong in (texts[:2], [{"title": "a"}], [{"title": "a", "price": None}]):
+            refused = client.post("/classifiers/products", json={"texts": wrong})
+            assert refused.status_code == 422
+    np.testing.assert_allclose(answer["probabilities"], clf.predict_proba(frame[:5]), rtol=1e-5)
 
 
 def test_several_labels_of_a_text(client, corpus):

@@ -27,9 +27,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 from scipy import stats
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin, clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -68,12 +69,40 @@ DEFAULT_TASKS = [
 def tfidf(model, multilabel, seed):
     """Make logistic regression on weighted counts of words and pairs of words."""
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    return make_pipeline(vectorizer, logistic_regression(multilabel))
+    return make_pipeline(PairFeatures(vectorizer), logistic_regression(multilabel))
 
 
 def frozen(model, multilabel, seed, *, C=10):
     """Make logistic regression on the mean of the model's last hidden states."""
-    return make_pipeline(frozen_embeddings(model), logistic_regression(multilabel, C))
+    features = PairFeatures(frozen_embeddings(model))
+    return make_pipeline(features, logistic_regression(multilabel, C))
+
+
+class PairFeatures(TransformerMixin, BaseEstimator):
+    """Vectors of texts; of two texts u and v both with |u - v| and u * v, as SentEval has them.
+
+    Parameters
+    ----------
+    vectorizer : transformer of texts
+    """
+
+    def __init__(self, vectorizer):
+        self.vectorizer = vectorizer
+
+    def fit(self, X, y=None):
+        """Fit the vectorizer to all texts."""
+        texts = [text for row in X for text in row] if isinstance(X[0], tuple) else X
+        self.vectorizer_ = clone(self.vectorizer).fit(texts)
+        return self
+
+    def transform(self, X):
+        """Return dense or sparse features, as the vectorizer does."""
+        if not isinstance(X[0], tuple):
+            return self.vectorizer_.transform(X)
+        u, v = (self.vectorizer_.transform(list(column)) for column in zip(*X, strict=True))
+        if scipy.sparse.issparse(u):
+            return scipy.sparse.hstack([u, v, abs(u - v), u.multiply(v)], format="csr")
+        return np.hstack([u, v, abs(u - v), u * v])
 
 
 def logistic_regression(multilabel, C=10):
@@ -192,7 +221,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         tokens = self._tokenize(X)
         proba = np.empty((len(X), len(self.classes_)))
         for rows in prediction_batches(tokens.lengths, 4096):
-            logits = self._logits(*tokens.batch(rows))
+            logits = self._logits(tokens.batch(rows))
             chosen = logits.sigmoid() if self.multilabel_ else logits.softmax(dim=1)
             proba[rows] = chosen.cpu().numpy()
         return proba
@@ -229,23 +258,28 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
     def _tokenize(self, X):
         from skqlora.settings.adapter_settings import TextSettings
         from skqlora.settings.recipe import AUTO_MAX_LENGTH
+        from skqlora.settings.template import prompt_of_lines
         from skqlora.text.tokenization import load_tokenizer
 
         n_tokens = self.encoder_.get_input_embeddings().num_embeddings
-        return load_tokenizer(self.model).tokenize(
-            list(X), TextSettings(AUTO_MAX_LENGTH), n_tokens
-        )[0]
+        lines = isinstance(X[0], tuple) and self.pooling_ == "last"  # a decoder's pairs
+        settings = TextSettings(
+            AUTO_MAX_LENGTH,
+            prompt=prompt_of_lines(None, 2) if lines else None,
+            token_type_ids=getattr(self.encoder_.config, "type_vocab_size", 0) > 1,
+        )
+        return load_tokenizer(self.model).tokenize(list(X), settings, n_tokens)[0]
 
-    def _logits(self, input_ids, mask):
+    def _logits(self, inputs):
         from skqlora.model.text_classifier import pool
 
-        input_ids, mask = input_ids.to(self.device_), mask.to(self.device_)
+        inputs = {name: x.to(self.device_) for name, x in inputs.items()}
         with torch.autocast(self.device_, self.dtype_, enabled=self.dtype_ != torch.float32):
-            hidden = self.encoder_(input_ids=input_ids, attention_mask=mask)[0].float()
-        return self.head_(pool(hidden, mask, self.pooling_))
+            hidden = self.encoder_(**inputs)[0].float()
+        return self.head_(pool(hidden, inputs["attention_mask"], self.pooling_))
 
     def _loss(self, tokens, rows, targets):
-        logits = self._logits(*tokens.batch(rows))
+        logits = self._logits(tokens.batch(rows))
         wanted = torch.as_tensor(targets[rows], device=self.device_)
         if wanted.ndim == 2:
             loss = torch.nn.functional.binary_cross_entropy_with_logits

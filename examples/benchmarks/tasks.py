@@ -2,8 +2,9 @@
 The tasks that benchmarks share: tables of texts, how a prediction is scored, and runs that resume.
 
 A table is ``folder/name/train.csv`` and ``test.csv`` with the columns "text" and "label", or
-"labels" with several ones joined by "|"; a few have other files beside these. Without a folder the
-tables come from the Hugging Face Hub, for which ``pip install datasets`` is needed.
+"labels" with several ones joined by "|"; a few have other files beside these, and those of pairs
+have two columns instead of "text". Without a folder the tables come from the Hugging Face Hub, for
+which ``pip install datasets`` is needed.
 """
 
 import csv
@@ -47,7 +48,10 @@ TASKS = {
     "r8": Task("r8"),
     "goemotions-2000": Task("goemotions", rows=2000),
     "goemotions": Task("goemotions"),
+    "sick-1000": Task("sick", rows=1000),
+    "sick": Task("sick"),
 }
+PAIRS = {"sick": ("sentence_a", "sentence_b")}  # the columns of tables of pairs
 # What a language model can read of a table's abbreviated labels.
 LABEL_WORDS = {
     "trec6": {
@@ -74,7 +78,7 @@ class Table:
 
     Attributes
     ----------
-    texts, test_texts, valid_texts : list of str
+    texts, test_texts, valid_texts : list of str, or of tuple of two str
         To train on, to be scored on, and, for several labels a text, to choose the threshold on.
     y, test_y, valid_y : ndarray of shape (n_texts,) or (n_texts, n_labels)
     """
@@ -167,10 +171,16 @@ def read_csv(path):
     """Read texts and labels; several labels of a text as a tuple."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    texts = [row["text"] for row in rows]
+    texts = [row["text"] for row in rows] if "text" in rows[0] else read_pairs(path, rows)
     if "labels" in rows[0]:
         return texts, [tuple(row["labels"].split("|")) for row in rows]
     return texts, [row["label"] for row in rows]
+
+
+def read_pairs(path, rows):
+    """Take the two columns of a table of pairs."""
+    first, second = PAIRS[path.parent.name]
+    return [(row[first], row[second]) for row in rows]
 
 
 def read_hub(table):

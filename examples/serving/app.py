@@ -10,6 +10,9 @@ go into one call. Nothing is ever unpickled, and nothing can be uploaded::
     SKQLORA_CLASSIFIERS=folder uvicorn --app-dir examples/serving app:app
     curl localhost:8000/classifiers/tickets -H 'Content-Type: application/json' \
         -d '{"texts": ["Where is my card?"]}'
+
+For a classifier of several columns a text is an object with their names, such as
+``{"title": "Card", "body": "Where is it?"}``.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -35,12 +39,13 @@ MAX_TEXTS_IN_ALL = 1_000  # that wait or are computed, before requests are turne
 MAX_SECONDS = 30  # that a request waits for its answer
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+Row = Annotated[dict[str, Text | bool | int | float], Field(max_length=100)]
 
 
 class Request(BaseModel):
-    """Texts to classify."""
+    """Texts to classify, or rows of a table."""
 
-    texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    texts: Annotated[list[Text] | list[Row], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 class Answer(BaseModel):
@@ -60,7 +65,7 @@ class Waiting:
     """A request that waits for its answer."""
 
     name: str
-    texts: list[str]
+    texts: list
     answer: asyncio.Future
 
 
@@ -143,11 +148,11 @@ class Batcher:
 
     async def _compute(self, batch):
         texts = [text for waiting in batch for text in waiting.texts]
-        predict_proba = self.classifiers[batch[0].name].predict_proba
+        clf = self.classifiers[batch[0].name]
         self.n_calls += 1
         try:
             proba = await asyncio.get_running_loop().run_in_executor(
-                self._thread, predict_proba, texts
+                self._thread, lambda: clf.predict_proba(as_input(clf, texts))
             )
         except Exception as error:
             if len(batch) > 1:  # only the request that is at fault shall fail
@@ -204,7 +209,7 @@ def create_app(folder):
         if not classifiers:
             raise RuntimeError(f"{folder} holds no folders that `QLoRAClassifier.save` wrote.")
         for clf in classifiers.values():  # reads the base before the first request
-            await asyncio.to_thread(clf.predict_proba, ["warm up"])
+            await asyncio.to_thread(warm_up, clf)
         app.state.batcher = Batcher(classifiers)
         try:
             yield
@@ -241,6 +246,7 @@ def create_app(folder):
         if name not in batcher.classifiers:
             raise HTTPException(404, f"There is no classifier {name!r}.")
         classes = names_of(batcher.classifiers[name])
+        check_columns(batcher.classifiers[name], request.texts)
         proba = await batcher.predict_proba(name, request.texts)
         if batcher.classifiers[name].multilabel_:
             labels = [[classes[i] for i in row.nonzero()[0]] for row in proba > 0.5]
@@ -249,6 +255,36 @@ def create_app(folder):
         return Answer(classes=classes, labels=labels, probabilities=proba.tolist())
 
     return app
+
+
+def columns_of(clf):
+    """Return the names of a classifier's columns, or None if each of its rows is a text."""
+    names = getattr(clf, "feature_names_in_", [None])
+    return None if len(names) == 1 else names.tolist()
+
+
+def check_columns(clf, texts):
+    """Refuse rows that do not have the columns of the fit."""
+    columns = columns_of(clf)
+    for text in texts:
+        found = sorted(text) if isinstance(text, dict) else None
+        if found != (None if columns is None else sorted(columns)):
+            wanted = "a text" if columns is None else f"an object with {', '.join(columns)}"
+            raise HTTPException(422, f"Wanted: {wanted} in each place of texts.")
+
+
+def as_input(clf, texts):
+    """Return texts, or a table with its columns in the order of the fit."""
+    columns = columns_of(clf)
+    return texts if columns is None else pd.DataFrame(texts, columns=columns)
+
+
+def warm_up(clf):
+    """Read the base, unless the columns have formats that take no text."""
+    columns = columns_of(clf)
+    text = "warm up" if columns is None else dict.fromkeys(columns, "warm up")
+    with suppress(ValueError):
+        clf.predict_proba(as_input(clf, [text]))
 
 
 def names_of(clf):
