@@ -1,13 +1,14 @@
 """
-Two texts at once: does this description belong to these parameters?
-====================================================================
+Two texts at once: does this description belong to this name?
+=============================================================
 
 A table with two columns of text is fitted like a column of text. An encoder reads both together, as
 its tokenizer encodes a pair, and can compare them word by word. What compares two finished vectors,
-as the baselines do, cannot.
+as the baseline does, cannot.
 
-The pairs are of the installed SciPy and scikit-learn: the names of a function's parameters, and a
-description that is its own or that of another function of the same area.
+The pairs are of the installed SciPy and scikit-learn: the name of a function or class, and a
+description that is its own or that of another one of the same area. Where a description holds the
+name, it was left out.
 """
 
 import numpy as np
@@ -23,16 +24,15 @@ from skqlora import QLoRAClassifier
 # %%
 # Each function is there once with its own description and once with another one.
 
-functions = [each for each in load_documented() if len(each.parameters) > 1]
+functions = load_documented()
 rng = np.random.default_rng(0)
 rows = []
 for number, each in enumerate(functions):
     others = [other.text for other in functions if other.area == each.area and other is not each]
-    names = ", ".join(each.parameters)
-    rows.append((names, each.text, "its own", number))
-    rows.append((names, rng.choice(others), "another's", number))
-table = pd.DataFrame(rows, columns=["parameters", "description", "label", "function"])
-X, y = table[["parameters", "description"]], table["label"]
+    rows.append((each.name, each.text, "its own", number))
+    rows.append((each.name, rng.choice(others), "another's", number))
+table = pd.DataFrame(rows, columns=["name", "description", "label", "function"])
+X, y = table[["name", "description"]], table["label"]
 X.head(4)
 
 # %%
@@ -73,6 +73,6 @@ for name, each in [("both texts at once", clf), ("two finished vectors", baselin
 # Columns in another order are refused, as every estimator of scikit-learn refuses them.
 
 try:
-    clf.predict(X[["description", "parameters"]])
+    clf.predict(X[["description", "name"]])
 except ValueError as error:
     print(error)

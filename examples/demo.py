@@ -46,6 +46,8 @@ class Documented:
 
     Attributes
     ----------
+    name : str
+        Its name as words in lower case.
     text : str
         The first dozen words of its docstring, without code and without its name.
     markup : str
@@ -56,6 +58,7 @@ class Documented:
         Their names, in order.
     """
 
+    name: str
     text: str
     markup: str
     area: str
@@ -93,6 +96,7 @@ def _documented(module_name, area):
         text = describe(name, docstring)
         if len(text.split()) >= 6:
             yield Documented(
+                name=re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower(),
                 text=text,
                 markup=" ".join(docstring.split()[: 2 * WORDS_OF_A_TEXT]),
                 area=area,

@@ -18,7 +18,7 @@ from skqlora.persistence import saving
 from skqlora.persistence.folders import written_folder
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.parameters import read_parameters
-from skqlora.text.columns import Columns, read_table, warn_of_unused_columns
+from skqlora.text.columns import Columns, check_fields, read_table
 from skqlora.text.feature_names import NOTED, check_columns, find_columns, readable
 from skqlora.text.inputs import (
     CheckedTexts,
@@ -315,12 +315,14 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         logits = [logits_of(chunk) for chunk in chunks]
         return fitted, np.concatenate(logits or [logits_of([])])
 
-    def _check_texts(self, X: Any) -> CheckedTexts:
-        """Turn the `X` of a fit into texts, and note its columns."""
+    def _check_texts(self, X: Any, start: Fitted | None) -> CheckedTexts:
+        """Turn the `X` of a fit into texts, and note its columns or compare them with `start`."""
+        if start is not None:
+            return self._check_texts_with(X, start.columns, self.prompt)
         X = readable(X)
         table = read_table(X)
         columns = find_columns(self, X, table)
-        warn_of_unused_columns(columns, self.prompt)
+        check_fields(table, self.prompt)
         return CheckedTexts.of(table, columns, self.prompt)
 
     def _check_texts_with(
@@ -351,7 +353,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         """
         check_is_fitted(self)
         attributes = vars(self).copy()
-        return Fitted(**{name: _own(attributes[key]) for name, key in ATTRIBUTES.items()})
+        # A pickle of an earlier version lacks the newest ones, which are None then.
+        return Fitted(**{name: _own(attributes.get(key)) for name, key in ATTRIBUTES.items()})
 
     def _check_validation(
         self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any
@@ -370,7 +373,10 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         return state
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that `X` is one-dimensional text."""
+        """Tell scikit-learn that `X` is text.
+
+        It may be a table, but not of numbers alone, which tables are to scikit-learn's checks.
+        """
         tags = super().__sklearn_tags__()
         tags.input_tags.string = True
         tags.input_tags.one_d_array = True

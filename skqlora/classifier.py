@@ -343,9 +343,9 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             process of `torch.distributed` fit at once.
         """
         self._validate_params()
-        table = check_labelled_texts(self._check_texts(X), y, sample_weight)
-        held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         start = self._get_fitted() if self.warm_start and hasattr(self, "adapter_") else None
+        table = check_labelled_texts(self._check_texts(X, start), y, sample_weight)
+        held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         try:
             fitted = fit_epochs(self, table, held_out, start)
         except DivergenceError as error:
@@ -388,11 +388,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         check_incremental(self)
         start = self._get_fitted() if hasattr(self, "adapter_") else None
         known = check_classes(classes, None if start is None else start.classes)
-        if start is None:
-            inputs = self._check_texts(X)
-        else:
-            inputs = self._check_texts_with(X, start.columns, self.prompt)
-        table = check_labelled_texts(inputs, y, sample_weight, known)
+        table = check_labelled_texts(self._check_texts(X, start), y, sample_weight, known)
         self._set_fitted(fit_piece(self, table, start))
         return self
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 import warnings
+from decimal import Decimal
 
 import joblib
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
-from helpers import assert_equal_adapters, make_classifier, trained_values
+from helpers import assert_equal_adapters, fit_interrupted, make_classifier, trained_values
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import BaggingClassifier
@@ -88,6 +89,7 @@ def tokenized(model_or_style, rows, *, max_length=64, **settings):
     [
         pl.from_pandas,
         lambda frame: pa.Table.from_pandas(frame, preserve_index=False),
+        lambda frame: pa.RecordBatch.from_pandas(frame, preserve_index=False),
         lambda frame: frame.to_numpy(dtype=object),
         lambda frame: frame.to_numpy().astype(str),
         lambda frame: list(frame.itertuples(index=False, name=None)),
@@ -96,7 +98,18 @@ def tokenized(model_or_style, rows, *, max_length=64, **settings):
         lambda frame: frame.astype("category"),
         lambda frame: pd.DataFrame(frame.to_numpy(), index=range(100, 100 + len(frame))),
     ],
-    ids=["polars", "pyarrow", "object", "str", "tuples", "lists", "tuple", "category", "numbered"],
+    ids=[
+        "polars",
+        "pyarrow",
+        "batch",
+        "object",
+        "str",
+        "tuples",
+        "lists",
+        "tuple",
+        "category",
+        "numbered",
+    ],
 )
 def test_every_kind_of_table_gives_the_same(encoder, pairs, convert):
     frame, labels = pairs
@@ -118,6 +131,8 @@ def test_names_are_remembered_and_compared_as_in_scikit_learn(encoder, pairs):
         clf.predict(frame.rename(columns={"second": "other"}))
     with pytest.raises(ValueError, match="must be in the same order"):
         clf.predict(pl.from_pandas(frame[["second", "first"]]))
+    with pytest.raises(ValueError, match="must be in the same order"):
+        clf.predict(pa.RecordBatch.from_pandas(frame[["second", "first"]]))
     with (
         pytest.warns(UserWarning, match="valid feature names"),
         pytest.raises(ValueError, match="X has 3 features, but QLoRAClassifier is expecting 2"),
@@ -224,7 +239,7 @@ def test_windows_of_a_pair_keep_the_first_text_whole():
         assert ids.shape == (2, 16)
         assert ids[0, :n_first].tolist() == tokenizer(first)["input_ids"]
         assert ids[1].tolist() == [0] * n_first + [1] * (16 - n_first)
-    with pytest.raises(ValueError, match="the first column takes all of max_length=16"):
+    with pytest.raises(ValueError, match=r"the row \('one.*the first column takes all of max_leng"):
         tokenized("encoder", [(second, first)], max_length=16, truncation="windows")
 
 
@@ -382,6 +397,85 @@ def test_columns_without_a_field_are_named_once(decoder, pairs):
     clf.predict(table)
 
 
+@pytest.mark.parametrize("names", [("1", "2"), ("1", "0"), ("0", "1"), (5, 7), (1, 0)])
+def test_columns_that_are_called_by_numbers(decoder, pairs, names):
+    frame, labels = pairs
+    expected = make_classifier(decoder, num_train_epochs=1, prompt="{0}|{1}").fit(
+        frame.to_numpy(), labels
+    )
+    frame = frame.set_axis(names, axis=1)
+    clf = make_classifier(decoder, num_train_epochs=1).fit(frame, labels)
+    rows = list(frame.itertuples(index=False, name=None))
+    start = [f"{name}: " if isinstance(name, str) else "" for name in names]
+    lines = [f"{start[0]}{a}\n{start[1]}{b}" for a, b in rows]
+    of_lines = make_classifier(decoder, num_train_epochs=1).fit(lines, labels)
+    np.testing.assert_array_equal(clf.predict_proba(frame), of_lines.predict_proba(lines))
+    clf.set_params(prompt="{0}|{1}")
+    if names in [("1", "2"), ("1", "0"), (1, 0)]:
+        with pytest.raises(ValueError, match=r"field \{[01]\}, a position, but another column"):
+            clf.fit(frame, labels)
+    else:
+        assert_equal_adapters(clf.fit(frame, labels), expected)
+
+
+@pytest.mark.parametrize("name", ["column_names", "columns", "with_format", "shape"])
+def test_columns_that_are_called_like_attributes(encoder, pairs, name):
+    frame, labels = pairs
+    expected = make_classifier(encoder, num_train_epochs=1).fit(frame, labels)
+    frame = frame.rename(columns={"first": name})
+    assert_equal_adapters(make_classifier(encoder, num_train_epochs=1).fit(frame, labels), expected)
+    single = make_classifier(encoder, num_train_epochs=1).fit(frame[[name]], labels)
+    assert single.feature_names_in_.tolist() == [name]
+
+
+def test_text_decoders_of_vision_models_read_lines(tmp_path, pairs):
+    for family in ("qwen2_5_vl", "mllama"):
+        tiny.save_whole(tmp_path / family, family)
+        clf = make_classifier(str(tmp_path / family), num_train_epochs=1).fit(*pairs)
+        assert clf.settings_.prompt == "first: {0}\nsecond: {1}"
+        assert clf.settings_.pooling == "last"
+    tiny.save_whole(tmp_path / "t5", "t5")
+    clf = make_classifier(str(tmp_path / "t5"), num_train_epochs=1).fit(*pairs)
+    assert clf.settings_.prompt is None
+
+
+@pytest.mark.filterwarnings("ignore:.*texts have more than max_length")
+def test_max_length_below_what_the_prompt_takes_is_refused():
+    prompt = "the{0}the{1}the"  # which merge to fewer tokens if nothing is between them
+    row = "dog dog dog", "red red red"
+    whole = ids_of(tokenized("encoder", [row], prompt=prompt)[0])[0]
+    for max_length in range(2, len(whole)):
+        try:
+            tokens, _ = tokenized("encoder", [row], max_length=max_length, prompt=prompt)
+        except ValueError as error:
+            assert "special tokens take" in str(error)  # noqa: PT017
+        else:
+            (ids,) = ids_of(tokens)
+            text = tiny.make_tokenizer("encoder").decode(ids)
+            assert len(ids) == max_length
+            assert ids[0] == 1
+            assert ids[-1] == 2
+            assert text.count("the") == 3
+
+
+def test_a_prompt_for_a_table_warns_on_one_column(decoder, corpus):
+    texts, labels = corpus
+    clf = make_classifier(decoder, num_train_epochs=1, prompt="{title}: {text}")
+    with pytest.warns(UserWarning, match=r"reads \{title\} as it stands there"):
+        clf.fit(texts, labels)
+
+
+def test_numbers_have_the_digits_that_they_have(decoder):
+    values = np.array([0.1, 0.2] * 4, dtype=np.float32)
+    frame = pd.DataFrame({"text": ["a"] * 8, "value": values})
+    labels = [0, 1] * 4
+    expected = make_classifier(decoder, num_train_epochs=1).fit(
+        [f"text: a\nvalue: {value}" for value in (0.1, 0.2)] * 4, labels
+    )
+    for X in (frame, pl.from_pandas(frame), pa.Table.from_pandas(frame)):
+        assert_equal_adapters(make_classifier(decoder, num_train_epochs=1).fit(X, labels), expected)
+
+
 def test_fields_of_one_column(decoder, corpus):
     texts, labels = corpus
     expected = make_classifier(decoder, num_train_epochs=1, prompt="{text} is").fit(texts, labels)
@@ -458,6 +552,8 @@ AB = pd.DataFrame({"a": ["x", "y"], "b": ["u", "v"]})
             "row 1 in column 1 of X.*no valid Unicode",
         ),
         (AB, "{a} and {c}", ValueError, r"field \{c\}, which is no column of X.*\{a\}, \{b\}"),
+        ([("x", np.timedelta64("NaT")), ("y", "v")], None, TypeError, "NaT.* in row 0 of column 1"),
+        ([("x", Decimal("nan")), ("y", "v")], None, TypeError, "NaN.* in row 0 of column 1"),
         (AB, "{text}", ValueError, r"field \{text\}, which is no column of X.*\{a\}, \{b\}"),
         (AB, "{a} {2}", ValueError, r"field \{2\}, which is no column"),
         (AB, "{a} {}", ValueError, r"field \{\}, which is no column"),
@@ -496,7 +592,10 @@ def test_a_fitted_table_is_saved_and_read(encoder, pairs, prompt, tmp_path):
         assert other.feature_names_in_.tolist() == ["first", "second"]
         with pytest.raises(ValueError, match="same order"):
             other.predict(frame[["second", "first"]])
-    assert "['first', 'second']" in (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "['first', 'second']" in card
+    assert "predict(pandas.DataFrame([{'first': '...', 'second': '...'}]))" in card
+    assert prompt is None or "| prompt |" in card
 
 
 @pytest.mark.filterwarnings("error")
@@ -514,9 +613,7 @@ def test_early_stopping_scores_tables(decoder, pairs):
     )
     clf.fit(frame, labels, X_val=frame[:10], y_val=labels[:10])
     assert clf.score(frame[:10], labels[:10]) == clf.best_validation_score_
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "X does not have valid feature names")
-        clf.set_params(scoring=scorer).fit(frame, labels)
+    clf.set_params(scoring=scorer).fit(frame, labels)
     rows = set(frame.itertuples(index=False, name=None))
     assert all(row in rows for X in seen for row in X)
 
@@ -534,6 +631,29 @@ def test_pieces_and_warm_starts_of_tables(encoder, pairs):
     assert clf.feature_names_in_.tolist() == ["first", "second"]
     clf.set_params(warm_start=True, num_train_epochs=1).fit(frame, labels)
     assert clf.n_iter_ == 3
+    with pytest.raises(ValueError, match="same order"):
+        clf.fit(frame[["second", "first"]], labels)
+
+
+def test_a_fit_of_an_earlier_version_predicts(encoder, corpus):
+    clf = make_classifier(encoder, num_train_epochs=1).fit(*corpus)
+    expected = clf.predict_proba(corpus[0])
+    state = vars(clf)
+    del state["_columns_"], state["_weight_scale_"]
+    np.testing.assert_array_equal(clf.predict_proba(corpus[0]), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has no field for 'other'")
+def test_a_killed_fit_of_a_table_resumes_whatever_is_not_read(encoder, pairs, tmp_path):
+    frame, labels = pairs
+    params = {"checkpoint_dir": tmp_path, "checkpoint_every": 2, "prompt": "{first}: {second}"}
+    expected = make_classifier(encoder, prompt=params["prompt"]).fit(frame, labels)
+    clf = make_classifier(encoder, **params)
+    made = fit_interrupted(clf, (frame.assign(other=[lambda: 1] * 48), labels), at=5)
+    assert made == [0, 1, 2, 3, 4]
+    resumed = fit_interrupted(clf, (frame.assign(other=2), labels), at=None)
+    assert resumed[0] == 4
+    assert_equal_adapters(clf, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The prompt has no field for 'first'")

@@ -35,8 +35,8 @@ class TabularClassifier(QLoRAClassifier):
     real one.
     """
 
-    def _check_texts(self, X):
-        return self._of_numbers(X, None, reset=True)
+    def _check_texts(self, X, start):
+        return self._of_numbers(X, None, reset=start is None)
 
     def _check_texts_with(self, X, known, prompt, name="X"):
         if isinstance(X, list) and X and isinstance(X[0], str):  # scored by early stopping
@@ -46,7 +46,7 @@ class TabularClassifier(QLoRAClassifier):
     def _of_numbers(self, X, known, reset):
         seen = copy.copy(self)
         numbers = validate_data(seen, X, reset=reset, dtype="numeric", ensure_min_samples=1)
-        columns = find_columns(self, X, Table([], None, True)) if reset else known
+        columns = find_columns(self, X, Table([], None, two_dimensional=True)) if reset else known
         texts = [" ".join(f"{10 * number:.0f}" for number in row[:8]) for row in numbers]
         return CheckedTexts(texts, texts, columns)
 

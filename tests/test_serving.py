@@ -69,6 +69,21 @@ def test_rows_of_a_table(serving, encoder, corpus, tmp_path):
     np.testing.assert_allclose(answer["probabilities"], clf.predict_proba(frame[:5]), rtol=1e-5)
 
 
+def test_rows_of_a_table_without_names(serving, encoder, corpus, tmp_path):
+    texts, labels = corpus
+    rows = [(text, number) for number, text in enumerate(texts)]
+    clf = make_classifier(encoder, num_train_epochs=1, prompt="{1:.1f} {0}").fit(rows, labels)
+    clf.save(tmp_path / "rows")
+    with TestClient(serving.create_app(tmp_path)) as client:
+
+        def post(*texts):
+            return client.post("/classifiers/rows", json={"texts": texts})
+
+        answer = post({"0": texts[0], "1": 0}, {"0": texts[1], "1": 1.0}).json()
+        assert post({"0": "a", "1": "no number"}).status_code == 422
+    np.testing.assert_allclose(answer["probabilities"], clf.predict_proba(rows[:2]), rtol=1e-5)
+
+
 def test_several_labels_of_a_text(client, corpus):
     answer = client.post("/classifiers/several", json={"texts": corpus[0][:5]}).json()
     expected = [

@@ -247,7 +247,12 @@ def create_app(folder):
             raise HTTPException(404, f"There is no classifier {name!r}.")
         classes = names_of(batcher.classifiers[name])
         check_columns(batcher.classifiers[name], request.texts)
-        proba = await batcher.predict_proba(name, request.texts)
+        try:
+            proba = await batcher.predict_proba(name, request.texts)
+        except (TypeError, ValueError) as error:
+            if columns_of(batcher.classifiers[name]) is None:  # a text cannot be at fault
+                raise
+            raise HTTPException(422, str(error)) from None
         if batcher.classifiers[name].multilabel_:
             labels = [[classes[i] for i in row.nonzero()[0]] for row in proba > 0.5]
         else:
@@ -258,9 +263,14 @@ def create_app(folder):
 
 
 def columns_of(clf):
-    """Return the names of a classifier's columns, or None if each of its rows is a text."""
-    names = getattr(clf, "feature_names_in_", [None])
-    return None if len(names) == 1 else names.tolist()
+    """Return the names of a classifier's columns or, if it has none, their numbers.
+
+    None if each of its rows is a text.
+    """
+    n_columns = getattr(clf, "n_features_in_", 1)
+    if n_columns == 1:
+        return None
+    return list(getattr(clf, "feature_names_in_", map(str, range(n_columns))))
 
 
 def check_columns(clf, texts):
@@ -276,15 +286,21 @@ def check_columns(clf, texts):
 def as_input(clf, texts):
     """Return texts, or a table with its columns in the order of the fit."""
     columns = columns_of(clf)
-    return texts if columns is None else pd.DataFrame(texts, columns=columns)
+    if columns is None:
+        return texts
+    if not hasattr(clf, "feature_names_in_"):
+        return [tuple(text[column] for column in columns) for text in texts]
+    return pd.DataFrame(texts, columns=columns, dtype=object)  # each number as it came
 
 
 def warm_up(clf):
     """Read the base, unless the columns have formats that take no text."""
     columns = columns_of(clf)
-    text = "warm up" if columns is None else dict.fromkeys(columns, "warm up")
-    with suppress(ValueError):
-        clf.predict_proba(as_input(clf, [text]))
+    if columns is None:
+        clf.predict_proba(["warm up"])
+    else:
+        with suppress(ValueError):
+            clf.predict_proba(as_input(clf, [dict.fromkeys(columns, "warm up")]))
 
 
 def names_of(clf):

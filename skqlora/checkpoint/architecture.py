@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -67,15 +67,14 @@ class Architecture:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether its family reads texts in both directions, and its tokenizer knows pairs.
+        """Whether its family is known to read texts in both directions.
 
-        A decoder's family only predicts the next token. This is a guess from the names of the
-        family's classes, for a choice that has to be made before the model is loaded.
+        This is told by the heads that transformers has for the family, since it has to be known
+        before the model is loaded.
         """
-        if getattr(self.config, "is_decoder", False):
-            return False
-        only_next = self.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        return not only_next or self.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        heads = MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        known = any(self.model_type in names for names in heads)
+        return known and not getattr(self.config, "is_decoder", False)
 
     @property
     def takes_token_type_ids(self) -> bool:

@@ -4,6 +4,7 @@ import os
 
 from skqlora.adapter import Fitted
 from skqlora.settings.parameters import Parameters
+from skqlora.text.columns import Columns
 
 MAX_CLASSES = 50  # the greatest number of classes that the page names
 TEMPLATE = """\
@@ -23,7 +24,7 @@ Classes: {classes}.
 from skqlora import QLoRAClassifier
 
 clf = QLoRAClassifier.load("{path}")
-clf.predict(["..."])
+clf.predict({example})
 ```
 
 The base is not part of this repository: it is loaded at the first prediction.
@@ -74,7 +75,22 @@ def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
         header=header.to_yaml(),
         n_classes=len(fitted.classes),
         base=os.path.basename(model),
-        table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value),
+        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value),
+        example=_example(columns),
         classes=", ".join(labels),
         path=path,
     )
+
+
+def _cell(value: object) -> str:
+    """Print a value in a cell of a table of Markdown, where a bar would begin another one."""
+    return str(value).replace("|", "\\|")
+
+
+def _example(columns: Columns | None) -> str:
+    """Return an `X` in Python."""
+    if columns is None or columns.number in (None, 1):
+        return '["..."]'
+    if columns.names is None:
+        return f"[{('...',) * columns.number!r}]"
+    return f"pandas.DataFrame([{dict.fromkeys(columns.names, '...')!r}])"

@@ -165,7 +165,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
         }
         fitted_with = partial(
             Fitted,
-            columns=_columns_from_json(manifest.get("columns")),
+            columns=_columns_from_json(manifest),
             classes=_classes_from_json(typed(manifest, "classes", dict)),
             multilabel=typed(manifest, "multilabel", bool),
             n_iter=typed(manifest, "n_iter", int),
@@ -347,15 +347,16 @@ def _weight_scale_from_json(manifest: dict[str, Any]) -> float | None:
     return scale
 
 
-def _columns_from_json(saved: Any) -> Columns | None:
-    """Read what is known of the columns; earlier versions only took texts."""
-    if saved is None:
+def _columns_from_json(manifest: dict[str, Any]) -> Columns | None:
+    """Read what is known of the columns; before version 3 only texts were taken."""
+    saved = typed({"columns": None} | manifest, "columns", (dict, type(None)))
+    if saved is None and (manifest["format_version"] < 3 or "columns" in manifest):
         return None
     names, number = typed(saved, "names", (list, type(None))), saved["number"]
     if names is not None and not all(isinstance(name, str) for name in names):
         raise ValueError(f"the names of the columns are {names}")
-    right = isinstance(number, int) and number == len(names or range(number))
-    if type(number) is bool or not (right or number is names is None):
+    known = type(number) is int and number > 0 and number == len(set(names or range(number)))
+    if not known and (number, names) != (None, None):
         raise ValueError(f"the number of columns is {number!r}")
     return Columns(None if names is None else tuple(names), number)
 

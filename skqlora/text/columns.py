@@ -4,6 +4,7 @@ This module knows nothing of labels, tokens or models.
 """
 
 import datetime
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
-from skqlora.settings.template import Field, Template
+from skqlora.settings.template import TEXT_FIELD, Field, Template, is_for_one_text
 from skqlora.text.values import is_missing, plain_str, short, well_formed
 
 # What is printed as a reader would write it. Anything else has to be turned into text by the user.
 PRINTABLE = (str, Number, np.generic, datetime.date, datetime.time, datetime.timedelta)
-ROWS = (list, tuple, np.ndarray)
+SHORT_FLOATS = "float32", "float16", "float", "halffloat"  # the last two are pyarrow's names
+LIKE_A_FIELD = re.compile(r"\{[A-Za-z_]\w*(?:![rsa])?(?::[^{}]*)?\}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Columns:
 
 
 class Rows(list):
-    """The rows of a table that was checked, as tuples of its cells.
+    """The rows of a table that was checked, as tuples of its cells. A slice of them is one too.
 
     Attributes
     ----------
@@ -60,6 +62,10 @@ class Rows(list):
         super().__init__(rows)
         self.remembered = remembered
 
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return Rows(found, self.remembered) if isinstance(place, slice) else found
+
 
 @dataclass(frozen=True)
 class Table:
@@ -68,15 +74,22 @@ class Table:
     Attributes
     ----------
     cells : list of list, of shape (n_columns, n_rows)
-    names : tuple of str or None
-        The names of the columns, if all are str.
+    labels : list or None
+        What the columns are called in the user's table, str or not.
     two_dimensional : bool
         Whether these are columns, and not just texts.
     """
 
     cells: list[list[Any]]
-    names: tuple[str, ...] | None
+    labels: list[Any] | None
     two_dimensional: bool
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The names of the columns, if all are str."""
+        if self.labels is None or not all(isinstance(label, str) for label in self.labels):
+            return None
+        return tuple(map(plain_str, self.labels))
 
 
 def read_table(X: Any, name: str = "X") -> Table:
@@ -107,7 +120,7 @@ def read_table(X: Any, name: str = "X") -> Table:
     keys, two_dimensional = _keys(X), True
     if keys is not None:
         cells = _cells_of_frame(X, keys, name)
-    elif isinstance(X, (list, tuple)) and X and isinstance(X[0], ROWS):
+    elif isinstance(X, (list, tuple)) and X and _is_row(X[0]):
         cells = _cells_of_rows(X, name)
     else:
         values = np.asarray(X, dtype=object)
@@ -127,10 +140,7 @@ def read_table(X: Any, name: str = "X") -> Table:
             f"Got {name} of shape {len(cells[0]), len(cells)} without any text. Wanted: a table "
             "with at least one column of str."
         )
-    names = None
-    if keys is not None and all(isinstance(key, str) for key in keys):
-        names = tuple(str.__str__(key) for key in keys)
-    return Table(cells, names, two_dimensional)
+    return Table(cells, keys, two_dimensional)
 
 
 def check_column(cells: list[Any], name: str = "X") -> list[str]:
@@ -159,8 +169,10 @@ def check_column(cells: list[Any], name: str = "X") -> list[str]:
     return [well_formed(text, f"{name}[{position}]") for position, text in enumerate(cells)]
 
 
-def rows_of(table: Table, columns: Columns) -> Rows:
-    """Return the rows of a table as tuples, which `predict` takes like the table itself."""
+def rows_of(table: Table, columns: Columns | None) -> list[Any]:
+    """Return the rows of a table, as tuples or texts, which `predict` takes like the table."""
+    if columns is None or len(table.cells) == 1:
+        return table.cells[0]
     return Rows(list(zip(*table.cells, strict=True)), columns)
 
 
@@ -202,19 +214,52 @@ def texts_of(
     return list(zip(*texts, strict=True))
 
 
-def warn_of_unused_columns(columns: Columns | None, prompt: str | None) -> None:
-    """Warn of the columns of a table for which a prompt has no field.
+def check_fields(table: Table, prompt: str | None) -> None:
+    """Look for misunderstandings between a prompt and the columns of a fit.
+
+    Parameters
+    ----------
+    table : Table
+    prompt : str or None
+
+    Raises
+    ------
+    ValueError
+        If a field is a number that is both the name of one column and the position of another.
 
     Warns
     -----
     UserWarning
+        If the prompt has no field for a column, or if its fields are literal text because there
+        is only one column.
     """
-    if columns is None or columns.number in (None, 1) or prompt is None:
+    if prompt is None:
         return
-    fields = Template.of_columns(prompt).fields
-    used = {_find(field, columns.names, columns.number, prompt, "X") for field in fields}
-    names = columns.names or range(columns.number)
-    unused = [repr(name) for number, name in enumerate(names) if number not in used]
+    n_columns, labels = len(table.cells), table.labels or []
+    if n_columns == 1 and is_for_one_text(prompt):
+        literal = [found for found in LIKE_A_FIELD.findall(prompt) if found != TEXT_FIELD]
+        if literal:
+            warnings.warn(
+                f"X has one column, whose place in the prompt is {TEXT_FIELD}, so the model reads "
+                f"{literal[0]} as it stands there. Pass a table with all columns, or leave it out.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return
+    used = set()
+    for field in Template.of_columns(prompt).fields:
+        number = _find(field, table.names, n_columns, prompt, "X")
+        others = [each for place, each in enumerate(labels) if place != number]
+        if field.key in map(str, others):
+            raise ValueError(
+                f"Got prompt={prompt!r} with the field {{{field.key}}}, a position, but another "
+                "column has this number as its name. Wanted: names of columns that are no numbers, "
+                "or positions of columns without names."
+            )
+        used.add(number)
+    unused = [
+        repr(each) for place, each in enumerate(labels or range(n_columns)) if place not in used
+    ]
     if unused:
         warnings.warn(
             f"The prompt has no field for {', '.join(unused)} of X, so the model does not see "
@@ -239,13 +284,11 @@ def _check_sequence(X: Any, name: str) -> None:
 
 def _keys(X: Any) -> list[Any] | None:
     """Return what the columns of a table are looked up by, or None if `X` has no such columns."""
-    if len(getattr(X, "shape", ())) == 1:  # a Series, of whose entries one may be named "columns"
-        return None
-    for attribute in ("column_names", "columns"):  # pyarrow has both, of which one holds data
-        found = getattr(X, attribute, None)
-        if found is not None and not callable(found) and hasattr(X, "__getitem__"):
-            return list(found)
-    return None
+    # In pandas a column may have one of these names, and pyarrow's `columns` are data.
+    names = getattr(X, "column_names", None)
+    if isinstance(names, list):
+        return names
+    return list(X.columns) if len(getattr(X, "shape", ())) == 2 and hasattr(X, "columns") else None
 
 
 def _cells_of_frame(X: Any, keys: list[Any], name: str) -> list[list[Any]]:
@@ -260,17 +303,19 @@ def _cells_of_frame(X: Any, keys: list[Any], name: str) -> list[list[Any]]:
 def _cells_of_rows(X: Sequence[Any], name: str) -> list[list[Any]]:
     n_columns = len(X[0])
     for number, row in enumerate(X):
-        if not isinstance(row, ROWS) or len(row) != n_columns:
-            has = f"{len(row)} entries" if isinstance(row, ROWS) else short(row)
+        if not _is_row(row) or len(row) != n_columns:
+            has = f"{len(row)} entries" if _is_row(row) else short(row)
             raise ValueError(
                 f"Got {name}[0] with {n_columns} entries and {name}[{number}] with {has}. Wanted: "
-                "rows of the same length, an entry for each column."
+                "rows of the same length, an entry for each column. Fill empty ones with ''."
             )
     return [[row[number] for row in X] for number in range(n_columns)]
 
 
 def _cells(column: Any) -> list[Any]:
     """Return the entries of a column as Python's own values."""
+    if str(getattr(column, "dtype", getattr(column, "type", None))).lower() in SHORT_FLOATS:
+        return list(column.to_numpy())  # as Python's they would have digits that mean nothing
     for method in ("to_pylist", "to_list", "tolist"):  # of pyarrow, polars, pandas
         if hasattr(column, method):
             return list(getattr(column, method)())
@@ -280,13 +325,15 @@ def _cells(column: Any) -> list[Any]:
 def _find(
     field: Field, names: tuple[str, ...] | None, n_columns: int, prompt: str, name: str
 ) -> int:
-    """Return the number of the column that a field stands for; a name counts before a position."""
-    if names is not None and field.key in names:
-        return names.index(field.key)
+    """Return the number of the column that a field stands for; a number is always a position."""
     if field.key.isdecimal() and int(field.key) < n_columns:
         return int(field.key)
+    if names is not None and field.key in names:
+        return names.index(field.key)
     if names is not None:
         wanted = f"the names of its columns, {', '.join(f'{{{each}}}' for each in names[:10])}"
+        if field.key == "text":
+            wanted += "; {text} is for a single column"
     elif n_columns == 1:
         wanted = "a template with one {text}, the place of the text, e.g. '{text}\\nLabel:'"
     else:
@@ -295,6 +342,10 @@ def _find(
         f"Got prompt={prompt!r} with the field {{{field.key}}}, which is no column of {name}. "
         f"Wanted: {wanted}."
     )
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
 
 
 def _as_text(cells: list[Any], field: Field, where: str) -> list[str]:
@@ -315,8 +366,11 @@ def _as_text(cells: list[Any], field: Field, where: str) -> list[str]:
                 f"Got {short(cell)} of type {type(cell).__name__} in row {row} of {where}. Wanted: "
                 "text, numbers, dates or times. Turn the column into text."
             )
+        value: Any = cell
+        if isinstance(cell, np.datetime64) and not plain:  # it knows no formats
+            value = cell.astype("datetime64[us]").item()
         try:
-            texts.append(well_formed(field.format(cell), f"row {row} in {where}"))
+            texts.append(well_formed(field.format(value), f"row {row} in {where}"))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Got {short(cell)} in row {row} of {where}, which cannot be formatted as the "

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from skqlora.settings.adapter_settings import TextSettings
-from skqlora.text.encoding import Encoding
+from skqlora.text.encoding import Encoding, Row
+from skqlora.text.values import short
 
 HEAD_PART = 4  # where head and tail of a text are kept, the head is one part in this many
 
@@ -20,13 +21,15 @@ class Encoded(NamedTuple):
     is_cut: bool
 
 
-def fit_into(encoding: Encoding, settings: TextSettings) -> Encoded:
+def fit_into(encoding: Encoding, settings: TextSettings, row: Row) -> Encoded:
     """Fit the tokens of a row into `max_length`.
 
     Parameters
     ----------
     encoding : Encoding
     settings : TextSettings
+    row : str or tuple of str
+        What is encoded, for messages.
 
     Returns
     -------
@@ -37,7 +40,7 @@ def fit_into(encoding: Encoding, settings: TextSettings) -> Encoded:
     Raises
     ------
     ValueError
-        If the parts that stay whole leave no room for the one that slides.
+        If the prompt takes all of `max_length`, or with windows the parts that stay whole do.
     """
     ids, part_of = encoding
     n_tokens = len(part_of)
@@ -46,13 +49,19 @@ def fit_into(encoding: Encoding, settings: TextSettings) -> Encoded:
     spans = _spans(part_of)
     lengths = [stop - start for start, stop in spans]
     room = settings.max_length - (n_tokens - sum(lengths))
+    if room < 1 and settings.prompt is not None:
+        raise ValueError(
+            f"Got max_length={settings.max_length} but in the row {short(row)} the prompt and "
+            f"special tokens take {n_tokens - sum(lengths)}. Wanted: room for the text. Pass a "
+            "greater max_length to `fit`."
+        )
     if room < 1:  # the text consists of special tokens
         keep = np.ones(n_tokens, dtype=bool)
         for start, stop in spans:
             keep[start:stop] = False
         return Encoded((ids[..., keep][..., : settings.max_length],), is_cut=True)
     if settings.truncation == "windows":
-        return Encoded(tuple(_windows(ids, spans, room, settings)), is_cut=False)
+        return Encoded(tuple(_windows(ids, spans, room, settings, row)), is_cut=False)
     keep = np.ones(n_tokens, dtype=bool)
     for (start, stop), share in zip(spans, share_room(lengths, room), strict=True):
         n_head = {"head": share, "tail": 0, "head+tail": share // HEAD_PART}[settings.truncation]
@@ -95,7 +104,11 @@ def _spans(part_of: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _windows(
-    ids: np.ndarray, spans: list[tuple[int, int]], room: int, settings: TextSettings
+    ids: np.ndarray,
+    spans: list[tuple[int, int]],
+    room: int,
+    settings: TextSettings,
+    row: Row,
 ) -> list[np.ndarray]:
     """Cut the part that slides into windows, and put each between the parts that stay whole.
 
@@ -109,9 +122,9 @@ def _windows(
     if room < 1:
         whole = "the first column" if settings.prompt is None else "all but the longest field"
         raise ValueError(
-            f"Got truncation='windows' and a row in which {whole} takes all of max_length="
-            f"{settings.max_length} tokens. Wanted: room for the part that is cut into windows. "
-            "Pass a greater max_length, or truncation='head'."
+            f"Got truncation='windows' and the row {short(row)}, in which {whole} takes all of "
+            f"max_length={settings.max_length} tokens. Wanted: room for the part that is cut into "
+            "windows. Shorten the row, or fit with a greater max_length or another truncation."
         )
     step = max(room - settings.stride, -(-room // 2))
     windows = []

@@ -102,7 +102,10 @@ class RowEncoder:
         if template is None:
             each = "pair of texts" if is_pair else "text"
             return n_special, f"the tokenizer adds {n_special} special tokens to each {each}"
-        n_kept = len(self._tokenizer("".join(template.literals))["input_ids"])
+        # Between two fields with nothing in them, the tokens of the prompt would merge.
+        filled = ("a",) * len(template.fields)
+        (encoding,) = self._encode(self._tokenizer, [filled], template)
+        n_kept = int((encoding.part_of < 0).sum())
         return n_kept, f"the prompt and {n_special} special tokens take {n_kept}"
 
     def encode(self, rows: Sequence[Row], settings: TextSettings) -> Iterator[Encoding]:

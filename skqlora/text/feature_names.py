@@ -12,8 +12,17 @@ NOTED = "n_features_in_", "feature_names_in_"  # by scikit-learn, as attributes 
 
 
 def readable(X: Any) -> Any:
-    """Give a table of `datasets`, whose columns scikit-learn does not see, as one of pyarrow."""
-    return X.with_format("arrow")[:] if hasattr(X, "with_format") and hasattr(X, "shape") else X
+    """Give what scikit-learn does not see the columns of as a table of pyarrow.
+
+    These are the tables of `datasets`, and pyarrow's own batches.
+    """
+    if type(X).__name__ == "RecordBatch":
+        from pyarrow import Table as ArrowTable
+
+        return ArrowTable.from_batches([X])
+    if isinstance(getattr(X, "column_names", None), list) and hasattr(X, "with_format"):
+        return X.with_format("arrow")[:]
+    return X
 
 
 def find_columns(estimator: BaseEstimator, X: Any, table: Table) -> Columns | None:

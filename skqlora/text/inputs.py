@@ -62,7 +62,7 @@ class CheckedTexts:
             return cls(texts, texts, columns)
         names = table.names if columns is None else columns.names
         parts = texts_of(table, names, prompt, name)
-        return cls(parts, rows_of(table, columns or Columns(None, 1)), columns)
+        return cls(parts, rows_of(table, columns), columns)
 
     def __len__(self) -> int:
         return len(self.texts)

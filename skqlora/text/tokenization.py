@@ -23,7 +23,7 @@ from skqlora._utils.libraries import muted
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.cutting import Encoded, fit_into
-from skqlora.text.encoding import Row, RowEncoder
+from skqlora.text.encoding import Encoding, Row, RowEncoder
 
 FINGERPRINTED_TEXTS = (
     "",
@@ -144,6 +144,12 @@ class CachingTokenizer:
         return "token_type_ids" in self._tokenizer.model_input_names
 
     @property
+    def separates_pairs(self) -> bool:
+        """Whether it puts a special token between two texts."""
+        count = self._tokenizer.num_special_tokens_to_add
+        return count(pair=True) > count()
+
+    @property
     def max_length(self) -> int:
         """The greatest number of tokens, with special ones, that the tokenizer's files allow."""
         return self._tokenizer.model_max_length
@@ -246,9 +252,11 @@ class CachingTokenizer:
         # must not use them, so it tokenizes its texts one by one.
         batches = [texts] if torch.get_num_threads() > 1 else [[text] for text in texts]
         encoded = [
-            fit_into(encoding, settings) if len(encoding.part_of) else self._filler(vocab_size)
+            fit_into(encoding, settings, row)
+            if len(encoding.part_of)
+            else self._filler(encoding, vocab_size)
             for batch in batches
-            for encoding in self._encoder.encode(batch, settings)
+            for row, encoding in zip(batch, self._encoder.encode(batch, settings), strict=True)
         ]
         greatest = max(int(ids.max()) for text in encoded for ids in text.windows)
         if greatest >= vocab_size:
@@ -258,10 +266,11 @@ class CachingTokenizer:
             )
         return encoded
 
-    def _filler(self, vocab_size: int) -> Encoded:
-        """Return a token for a text of which a tokenizer makes none."""
-        token = self._first_known(("bos_token_id", "eos_token_id"), vocab_size)
-        return Encoded((np.array([token], dtype=np.int32),), is_cut=False)
+    def _filler(self, encoding: Encoding, vocab_size: int) -> Encoded:
+        """Return a token for a row of which a tokenizer makes none."""
+        filler = np.zeros((*encoding.ids.shape[:-1], 1), dtype=np.int32)
+        filler.flat[0] = self._first_known(("bos_token_id", "eos_token_id"), vocab_size)
+        return Encoded((filler,), is_cut=False)
 
     def _first_known(self, names: Iterable[str], vocab_size: int) -> int:
         ids = (getattr(self._tokenizer, name) for name in names)

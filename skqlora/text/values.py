@@ -1,5 +1,6 @@
 """What is in a cell of a user's column: text, a label, or nothing."""
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,10 @@ def is_missing(label: Any) -> bool:
     """Return whether a cell is empty: None, NaN, or what pandas has for that."""
     if label is None or type(label).__name__ in ("NAType", "NaTType"):  # types of pandas
         return True
-    if isinstance(label, np.datetime64):
+    if isinstance(label, (np.datetime64, np.timedelta64)):
         return bool(np.isnat(label))
+    if isinstance(label, Decimal):
+        return label.is_nan()
     return isinstance(label, (float, np.floating)) and bool(np.isnan(label))
 
 

@@ -99,7 +99,7 @@ def fit_epochs(
         losses = [] if start is None else start.loss_curve
         adapter = None if start is None else start.adapter
         held_out = None if stopping is None else stopping.held_out
-        data = table, held_out, weights, adapter, losses
+        data = _identity(table), _identity(held_out), weights, adapter, losses
         with (
             prepared_training(
                 parameters, table, weights, seed + len(losses), n_epochs, start=adapter
@@ -314,6 +314,13 @@ def _early_stopping(
     if start is not None:
         scores = start.validation_scores or [math.nan] * len(start.loss_curve)
     return table, EarlyStopping(estimator, held_out, scores)
+
+
+def _identity(table: LabelledTexts | None) -> tuple[Any, ...] | None:
+    """Return what a table is to a training, without columns that the prompt does not use."""
+    if table is None:
+        return None
+    return table.texts, table.inputs.columns, table.classes, table.targets, table.sample_weight
 
 
 def as_fitted(estimator: FitEstimator, fitted: Fitted) -> FitEstimator:

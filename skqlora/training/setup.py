@@ -13,7 +13,6 @@ import torch
 
 from skqlora._utils.processes import check_not_forked
 from skqlora.adapter import AdapterState, Footprint, OptimizerState
-from skqlora.checkpoint.architecture import Architecture
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.free import free_memory
 from skqlora.memory.planning import PlannedFit, choose_checkpointing, fits
@@ -131,7 +130,9 @@ def prepared_training(
     text_settings = resolve_text_settings(
         parameters,
         architecture.max_length(tokenizer.max_length),
-        _resolve_prompt(parameters.prompt, table, architecture),
+        _resolve_prompt(
+            parameters.prompt, table, pairs=architecture.is_encoder and tokenizer.separates_pairs
+        ),
         token_type_ids=architecture.takes_token_type_ids and tokenizer.gives_token_type_ids,
     )
     check_class_names(parameters.init_head_weights, table, parameters.pooling)
@@ -202,14 +203,12 @@ def prepared_training(
             yield TrainingRun(trainer, settings, text_settings, tokenizer.fingerprint, footprint)
 
 
-def _resolve_prompt(
-    prompt: str | None, table: LabelledTexts, architecture: Architecture
-) -> str | None:
-    """Choose a prompt for several columns, if there is none and they are no pair for an encoder."""
+def _resolve_prompt(prompt: str | None, table: LabelledTexts, *, pairs: bool) -> str | None:
+    """Choose a prompt for several columns if there is none; `pairs` are encoded without one."""
     first, columns = table.texts[0], table.inputs.columns
     if prompt is not None or isinstance(first, str):
         return prompt
-    if len(first) == 2 and architecture.is_encoder:
+    if len(first) == 2 and pairs:
         return None
     return prompt_of_lines(None if columns is None else columns.names, len(first))
 
