@@ -12,6 +12,7 @@ import numpy as np
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.settings import Settings
 from skqlora.text.columns import Columns
+from skqlora.text.targets import Target
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +34,7 @@ class AdapterState:
     lora_tensors : dict of str to ndarray
         The float32 tensors of LoRA, by the names of the parameters in the base.
     head_tensors : dict of str to ndarray
-        The float32 tensors of the head: "weight" of shape (n_classes, hidden_size) and, unless
+        The float32 tensors of the head: "weight" of shape (n_outputs, hidden_size) and, unless
         `pooling` is "last", "bias".
     """
 
@@ -195,8 +196,7 @@ class Fitted:
     """
 
     columns: Columns | None
-    classes: np.ndarray
-    multilabel: bool
+    target: Target
     adapter: AdapterState
     n_iter: int
     n_samples_seen: int

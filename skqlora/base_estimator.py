@@ -1,11 +1,12 @@
-"""The methods of the classifier that are not about fitting: save, load, export, logits."""
+"""What the estimators share: save, load, export, the outputs of the head, and fitted attributes."""
 
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -26,7 +27,9 @@ from skqlora.text.inputs import (
     check_validation,
     is_validation_given,
 )
+from skqlora.text.targets import Classes, Target
 from skqlora.training.callbacks import CALLBACK_ATTRIBUTES, CallbackSupportMixin
+from skqlora.training.epochs import DivergenceError, fit_epochs
 
 MERGE_DTYPES = ("float32", "bfloat16", "float16")
 PREDICTION_CHUNK = 16_384  # texts whose token ids are held at a time
@@ -46,6 +49,7 @@ PARAMETERS_OF_THE_BASE = (
 # The attributes of a fitted estimator, by the names of their values in `Fitted`.
 ATTRIBUTES = {field.name: f"{field.name}_" for field in fields(Fitted)} | {
     "columns": "_columns_",
+    "target": "_target_",
     "random_seed": "_random_seed_",
     "weight_scale": "_weight_scale_",
 }
@@ -58,13 +62,15 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     process, which loads it at the first `fit` or `predict`.
     """
 
+    _target: ClassVar[type]  # what the estimator predicts
+
     _doc_link_module = "skqlora"
     _doc_link_template = DOC_LINK
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the fitted estimator to a folder, without the base and without pickle.
 
-        The folder holds the parameters, the classes, the adapter and the head as JSON and
+        The folder holds the parameters, what is predicted, the adapter and the head as JSON and
         safetensors. The adapter's tensors have the names that PEFT gives them, so that
         ``PeftModel.from_pretrained(AutoModel.from_pretrained(model), path)`` computes its hidden
         states, if the model is a text model alone. `load` finds the folder as it was before or
@@ -109,17 +115,20 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
         Returns
         -------
-        estimator : QLoRAClassifier
+        estimator : QLoRAClassifier or QLoRARegressor
             The fitted estimator.
 
         Raises
         ------
         ValueError
-            If a file is damaged, or was written by a newer version. The message names the file.
+            If a file is damaged, was written by a newer version, or is of the other estimator. The
+            message names the file.
         OSError
             If there is no such folder or repository, or if a file is missing.
         """
-        params, fitted = saving.load(path, revision, known=cls._get_param_names())
+        params, fitted = saving.load(
+            path, revision, known=cls._get_param_names(), target=cls._target
+        )
         estimator = cls(**params)
         estimator._validate_params()
         estimator._set_fitted(fitted)
@@ -161,8 +170,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     def to_peft(self, path: str | os.PathLike) -> None:
         """Write the adapter and its head in PEFT's format for sequence classification.
 
-        ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=n_classes)`` loads
-        it. The logits are the same if the base is the same: for a 4-bit base, pass its
+        ``AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=n_outputs)`` loads
+        it. The outputs are the same if the base is the same: for a 4-bit base, pass its
         `quantization_config` with the head in `llm_int8_skip_modules`.
 
         Parameters
@@ -193,7 +202,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         multilabel: bool = False,
         **parameters: Any,
     ) -> Self:
-        """Make a fitted classifier from an adapter that PEFT or TRL trained.
+        """Make a fitted estimator from an adapter that PEFT or TRL trained.
 
         Parameters
         ----------
@@ -201,24 +210,24 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
             A folder that ``PeftModel.save_pretrained`` wrote for a decoder or for an encoder of the
             BERT family, for sequence classification, or its repository on the Hub.
         classes : array-like of shape (n_classes,), default=None
-            The labels in the order of the head's rows. The rows are then sorted like `classes_`.
-            None numbers the rows.
+            For a classifier, the labels in the order of the head's rows. The rows are then sorted
+            like `classes_`. None numbers the rows.
         multilabel : bool, default=False
-            Whether a text has any number of labels.
+            For a classifier, whether a text has any number of labels.
         **parameters : dict
-            The parameters of the classifier that replace those of the adapter, e.g. `model`, or
+            The parameters of the estimator that replace those of the adapter, e.g. `model`, or
             ``quantization=None`` for an adapter that was trained on a 16-bit base.
 
         Returns
         -------
-        classifier : QLoRAClassifier
-            The fitted classifier. Its `n_iter_` is 0.
+        estimator : QLoRAClassifier or QLoRARegressor
+            The fitted estimator. Its `n_iter_` is 0.
 
         Raises
         ------
         ValueError
-            If the adapter is of another kind, if its head is not a linear layer, or if it does not
-            fit the base. The message names the mismatch.
+            If the adapter is of another kind, if its head is not a linear layer, if it does not fit
+            the base, or if `classes` do not fit the head. The message names the mismatch.
         """
         import_libraries()
         from skqlora.persistence.exporting import peft_parameters, read_peft, read_peft_config
@@ -226,7 +235,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         config = read_peft_config(path)
         estimator = cls(**peft_parameters(config) | parameters)
         estimator._validate_params()
-        fitted = read_peft(path, config, read_parameters(estimator), classes, multilabel)
+        target = partial(estimator._name_outputs, classes=classes, multilabel=multilabel)
+        fitted = read_peft(path, config, read_parameters(estimator), target)
         found = {
             "target_modules": list(fitted.adapter.lora.target_modules),
             "pooling": fitted.adapter.pooling,
@@ -245,7 +255,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         Returns
         -------
         model : transformers.PreTrainedModel
-            A model of `AutoModelForSequenceClassification`, with the classes in `config.id2label`.
+            A model of `AutoModelForSequenceClassification`, with the classes in `config.id2label`,
+            or with `config.problem_type` "regression".
         tokenizer : transformers.PreTrainedTokenizerBase
             The tokenizer. It pads on the right, and with truncation it cuts at the same length.
 
@@ -290,8 +301,15 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         with written_folder(path, last="config.json") as folder:
             write_merged(read_parameters(self), fitted, folder, dtype)
 
-    def _compute_logits(self, X: Any) -> tuple[Fitted, np.ndarray]:
-        """Return the fit, and its logits of shape (n_texts, n_outputs)."""
+    @classmethod
+    def _name_outputs(
+        cls, n_outputs: int, classes: Any, multilabel: bool
+    ) -> tuple[Target, np.ndarray]:
+        """Tell what the outputs of a head are that was trained elsewhere, and their order."""
+        raise NotImplementedError
+
+    def _compute_outputs(self, X: Any) -> tuple[Fitted, np.ndarray]:
+        """Return the fit, and its outputs of shape (n_texts, n_outputs)."""
         fitted = self._get_fitted()
         # As in scikit-learn, parameters of the fit are not looked at; here only those of the base.
         asked = {name: getattr(self, name) for name in PARAMETERS_OF_THE_BASE}
@@ -299,21 +317,21 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         validate_parameter_constraints(constraints, asked, type(self).__name__)
         parameters = read_parameters(self)
 
-        def logits_of(X: Any) -> np.ndarray:
+        def outputs_of(X: Any) -> np.ndarray:
             prompt = fitted.adapter.text_settings.prompt
             texts = self._check_texts_with(X, fitted.columns, prompt).texts
             import_libraries()
-            from skqlora.model.prediction import compute_logits
+            from skqlora.model.prediction import compute_outputs
 
-            return compute_logits(parameters, fitted.adapter, texts, chunk_size=PREDICTION_CHUNK)
+            return compute_outputs(parameters, fitted.adapter, texts, chunk_size=PREDICTION_CHUNK)
 
         if not isinstance(X, Iterable) or hasattr(X, "__len__"):
-            return fitted, logits_of(X)
+            return fitted, outputs_of(X)
         # An iterator, or a column that is streamed: only a chunk of it is held at a time.
         texts = iter(X)
         chunks = iter(lambda: list(islice(texts, PREDICTION_CHUNK)), [])
-        logits = [logits_of(chunk) for chunk in chunks]
-        return fitted, np.concatenate(logits or [logits_of([])])
+        outputs = [outputs_of(chunk) for chunk in chunks]
+        return fitted, np.concatenate(outputs or [outputs_of([])])
 
     def _check_texts(self, X: Any, start: Fitted | None) -> CheckedTexts:
         """Turn the `X` of a fit into texts, and note its columns or compare them with `start`."""
@@ -334,12 +352,24 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         columns = check_columns(self, X, table, known, name)
         return CheckedTexts.of(table, columns, prompt, name)
 
+    def _fit_table(
+        self, table: LabelledTexts, held_out: LabelledTexts | None, start: Fitted | None
+    ) -> Self:
+        """Train on a table, and set what comes of it."""
+        try:
+            fitted = fit_epochs(self, table, held_out, start)
+        except DivergenceError as error:
+            self._set_fitted(error.fitted)
+            raise FloatingPointError(str(error)) from None
+        self._set_fitted(fitted)
+        return self
+
     def _set_fitted(self, fitted: Fitted) -> None:
         """Set all attributes of a fit at once, so that another thread sees one fit or the other."""
         values = {name: _own(getattr(fitted, name)) for name in ATTRIBUTES}
         columns = {} if fitted.columns is None else fitted.columns.attributes
         attributes = {ATTRIBUTES[name]: value for name, value in values.items()}
-        self.__dict__.update(attributes | columns)
+        self.__dict__.update(attributes | columns | fitted.target.attributes)
         for attribute in set(NOTED) - columns.keys():
             self.__dict__.pop(attribute, None)
 
@@ -353,8 +383,11 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         """
         check_is_fitted(self)
         attributes = vars(self).copy()
-        # A pickle of an earlier version lacks the newest ones, which are None then.
-        return Fitted(**{name: _own(attributes.get(key)) for name, key in ATTRIBUTES.items()})
+        # A pickle of an earlier version lacks the newest ones.
+        values = {name: _own(attributes.get(key)) for name, key in ATTRIBUTES.items()}
+        if values["target"] is None:
+            values["target"] = Classes(attributes["classes_"], attributes["multilabel_"])
+        return Fitted(**values)
 
     def _check_validation(
         self, training: LabelledTexts, X_val: Any, y_val: Any, sample_weight_val: Any
@@ -363,7 +396,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         if not is_validation_given(X_val, y_val, sample_weight_val, self.early_stopping):
             return None
         inputs = self._check_texts_with(X_val, training.inputs.columns, self.prompt, "X_val")
-        return check_validation(inputs, y_val, sample_weight_val, training)
+        return check_validation(inputs, y_val, sample_weight_val, training.target)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the callbacks out of a fitted estimator; a worker that is to fit one needs them."""

@@ -10,8 +10,9 @@ from skqlora.base_estimator import BaseQLoRA
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.text.inputs import check_labelled_texts
 from skqlora.text.labels import check_classes, plain_labels
+from skqlora.text.targets import Classes
 from skqlora.training.callbacks import with_callbacks
-from skqlora.training.epochs import DivergenceError, check_incremental, fit_epochs, fit_piece
+from skqlora.training.epochs import check_incremental, fit_piece
 
 
 class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
@@ -208,6 +209,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     array(['lost'], dtype='<U7')
     """
 
+    _target = Classes
     _parameter_constraints: ClassVar[dict[str, list]] = PARAMETER_CONSTRAINTS
 
     def __init__(
@@ -346,13 +348,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         start = self._get_fitted() if self.warm_start and hasattr(self, "adapter_") else None
         table = check_labelled_texts(self._check_texts(X, start), y, sample_weight)
         held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
-        try:
-            fitted = fit_epochs(self, table, held_out, start)
-        except DivergenceError as error:
-            self._set_fitted(error.fitted)
-            raise FloatingPointError(str(error)) from None
-        self._set_fitted(fitted)
-        return self
+        return self._fit_table(table, held_out, start)
 
     def partial_fit(self, X, y, classes=None, sample_weight=None):
         """Train one epoch on one piece of the data, continuing from what was fitted before.
@@ -387,7 +383,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         self._validate_params()
         check_incremental(self)
         start = self._get_fitted() if hasattr(self, "adapter_") else None
-        known = check_classes(classes, None if start is None else start.classes)
+        known = check_classes(classes, None if start is None else self.classes_)
         table = check_labelled_texts(self._check_texts(X, start), y, sample_weight, known)
         self._set_fitted(fit_piece(self, table, start))
         return self
@@ -414,10 +410,10 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         RuntimeError
             If the process was forked from one that has computed on threads.
         """
-        fitted, logits = self._compute_logits(X)
-        if fitted.multilabel:
+        target, logits = self._compute_logits(X)
+        if target.multilabel:
             return (logits > 0).astype(int)
-        return fitted.classes[logits.argmax(axis=1)]
+        return target.values[logits.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Predict the probability of each class.
@@ -433,8 +429,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             The softmax of the logits, in the order of `classes_`. For multilabel targets it is the
             sigmoid of each logit, i.e. the probability that the text has the label.
         """
-        fitted, logits = self._compute_logits(X)
-        return expit(logits) if fitted.multilabel else softmax(logits, axis=1)
+        target, logits = self._compute_logits(X)
+        return expit(logits) if target.multilabel else softmax(logits, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Predict the logarithm of each class's probability, without underflow.
@@ -449,8 +445,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         log_probabilities : ndarray of shape (n_texts, n_classes)
             The logarithms of the probabilities, in the order of `classes_`.
         """
-        fitted, logits = self._compute_logits(X)
-        return log_expit(logits) if fitted.multilabel else log_softmax(logits, axis=1)
+        target, logits = self._compute_logits(X)
+        return log_expit(logits) if target.multilabel else log_softmax(logits, axis=1)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Compute the logits of each class.
@@ -465,8 +461,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         scores : ndarray of shape (n_texts, n_classes), or (n_texts,) for two classes
             The logits. For two classes it is the logit of ``classes_[1]`` minus the other.
         """
-        fitted, logits = self._compute_logits(X)
-        if logits.shape[1] == 2 and not fitted.multilabel:
+        target, logits = self._compute_logits(X)
+        if logits.shape[1] == 2 and not target.multilabel:
             return logits[:, 1] - logits[:, 0]
         return logits
 
@@ -488,6 +484,14 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
             A number from 0 to 1.
         """
         return super().score(X, plain_labels(y), sample_weight)
+
+    def _compute_logits(self, X: Any) -> tuple[Any, np.ndarray]:
+        fitted, logits = self._compute_outputs(X)
+        return fitted.target, logits
+
+    @classmethod
+    def _name_outputs(cls, n_outputs: int, classes: Any, multilabel: bool) -> Any:
+        return Classes.of_outputs(n_outputs, classes, multilabel=multilabel)
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that `y` may be multilabel."""

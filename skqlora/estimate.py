@@ -7,6 +7,7 @@ from sklearn.utils.validation import check_scalar
 from skqlora._utils.libraries import import_libraries
 from skqlora._utils.torch_state import plain_torch
 from skqlora.classifier import QLoRAClassifier
+from skqlora.regressor import QLoRARegressor
 from skqlora.settings.parameters import read_parameters
 
 
@@ -22,10 +23,10 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     model : str or path-like, default="Qwen/Qwen3-0.6B-Base"
         The id of a model on the Hub, or a local folder.
     n_classes : int, default=2
-        The number of outputs of the head: classes, or labels of a multilabel table.
+        The number of outputs of the head: classes, labels of a multilabel table, or numbers.
     **params
-        The parameters of `QLoRAClassifier`, with its defaults. Pass ``**clf.get_params()`` for
-        those of an estimator. Texts count as `max_length` tokens long, and `batch_size` of them
+        The parameters of `QLoRAClassifier` or `QLoRARegressor`, with its defaults. Pass
+        ``**clf.get_params()`` for those of an estimator. Texts count as `max_length` tokens long, and `batch_size` of them
         share a pass. On a CPU no more than 2,048 tokens do, because that is faster, so that there
         only a small `batch_size` matters. ``gradient_checkpointing="auto"`` counts as False here;
         `fit` turns it on if the fit would not fit into memory otherwise.
@@ -68,8 +69,8 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     workspace                            78.7 MB
     total                             5,230.1 MB
     """
-    check_scalar(n_classes, "n_classes", Integral, min_val=2)
-    clf = QLoRAClassifier(model, **params)
+    check_scalar(n_classes, "n_classes", Integral, min_val=1)
+    clf = (QLoRARegressor if "loss" in params else QLoRAClassifier)(model, **params)
     clf._validate_params()
     import_libraries()
     from skqlora.memory.planning import estimate_fit

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skqlora import QLoRAClassifier
 from skqlora.checkpoint.spec import BackboneSpec, describe_files
 from skqlora.model.cache import get_backbone
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_settings
@@ -60,14 +60,14 @@ def make_backbone(model, **changes):
 
 def make_model(backbone, lora=LORA, n_classes=3, pooling="auto", **changes):
     """A model with a fresh adapter, on a replica that is never given back."""
-    return TextClassifierModel.for_training(
+    return TextModel.for_training(
         backbone, lora, n_classes, pooling, **changes
     ).__enter__()
 
 
 def restore_model(backbone, state):
     """A model with a captured adapter, on a replica that is never given back."""
-    return TextClassifierModel.for_prediction(backbone, state).__enter__()
+    return TextModel.for_prediction(backbone, state).__enter__()
 
 
 def lora_parameters(model):

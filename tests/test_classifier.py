@@ -21,7 +21,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_parameters_default_constructible
 
 from skqlora import QLoRAClassifier
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -404,9 +404,9 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
 
     def noting(model, tokens):
         computed.append(len(tokens))
-        return predict_logits(model, tokens)
+        return predict_outputs(model, tokens)
 
-    monkeypatch.setattr("skqlora.model.prediction.predict_logits", noting)
+    monkeypatch.setattr("skqlora.model.prediction.predict_outputs", noting)
     monkeypatch.setattr("skqlora.base_estimator.PREDICTION_CHUNK", 20)
     repeated = np.array(texts, dtype=object).repeat(3)
     probabilities = clf.predict_proba(repeated)

@@ -58,9 +58,9 @@ def test_every_class_keeps_a_text_for_training(counts, fraction):
     table = check_labelled_texts(inputs, labels)
     training, held_out = hold_out(table, fraction, seed=0)
     assert sorted([*training.texts, *held_out.texts]) == sorted(table.texts)
-    assert set(training.labels) == set(labels)
+    assert set(training.y) == set(labels)
     assert len(held_out) == pytest.approx(fraction * len(labels), abs=1)
-    share = np.mean(held_out.labels == "a")
+    share = np.mean(held_out.y == "a")
     assert share == pytest.approx(counts[0] / len(labels), abs=0.15)
 
 

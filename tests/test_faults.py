@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GridSearchCV
 
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.persistence.saved_format import checksum
 from skqlora.training.trainer import Trainer
 
@@ -343,14 +343,14 @@ def test_whatever_happened_to_a_checkpoint_it_is_refused(
 
 def out_of_memory_above(monkeypatch, n_tokens):
     """Let a forward pass of more tokens, padding included, run out of memory in training."""
-    forward = TextClassifierModel.forward
+    forward = TextModel.forward
 
     def limited(self, input_ids, attention_mask, *, part=None):
         if self.training and input_ids.numel() > n_tokens:
             raise torch.OutOfMemoryError("injected")
         return forward(self, input_ids, attention_mask, part=part)
 
-    monkeypatch.setattr(TextClassifierModel, "forward", limited)
+    monkeypatch.setattr(TextModel, "forward", limited)
 
 
 def test_a_fit_out_of_memory_comes_to_the_same(model, corpus, monkeypatch):

@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 
 from skqlora import clear_backbone_cache, estimate_memory
 from skqlora.checkpoint.spec import BackboneSpec
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import read_parameters
 from skqlora.training.optimizer import PagedPool
@@ -205,8 +205,8 @@ def test_predictions_depend_on_the_batch_by_rounding_alone(medium):
     tokens = random_tokens(32)
 
     def together_and_alone(model):
-        alone = [predict_logits(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
-        return predict_logits(model, tokens), np.array(alone)
+        alone = [predict_outputs(model, type(tokens)([ids], 0))[0] for ids in tokens.sequences]
+        return predict_outputs(model, tokens), np.array(alone)
 
     rounding = make_model(cuda_backbone(medium))
     state = rounding.adapter_state(TextSettings(32))
@@ -230,8 +230,8 @@ def test_base_that_does_not_fit_on_one_gpu_is_spread_over_two(medium, monkeypatc
     assert len(both.replica.segments) == 2
     curves = [train(m, random_tokens(), TARGETS, make_settings()) for m in (alone, both)]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-2)
-    expected = predict_logits(alone, random_tokens())
-    np.testing.assert_allclose(predict_logits(both, random_tokens()), expected, atol=5e-2)
+    expected = predict_outputs(alone, random_tokens())
+    np.testing.assert_allclose(predict_outputs(both, random_tokens()), expected, atol=5e-2)
 
 
 def test_second_predict_takes_no_more_memory(model, corpus):

@@ -10,7 +10,7 @@ from sklearn.metrics.pairwise import paired_cosine_distances
 from transformers import AutoModel
 
 from skqlora import QLoRAClassifier
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.tokenization import load_tokenizer
 
@@ -52,7 +52,7 @@ def test_sentence_vectors_in_4_bits_stay_near_those_in_32(corpus, dtype):
         model = make_model(make_backbone(MINILM, **changes), LORA, 384, "mean")
         with torch.no_grad():
             model.head.weight.copy_(torch.eye(384))
-        return predict_logits(model, tokens)
+        return predict_outputs(model, tokens)
 
     distance = paired_cosine_distances(vectors(compute_dtype=dtype), vectors(quantization=None))
     assert 1e-3 < distance.mean() < 0.05

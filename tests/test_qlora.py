@@ -16,7 +16,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 from transformers import AutoModel
 
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 from skqlora.training.trainer import Trainer
 
 N_CLASSES = 3
@@ -104,7 +104,7 @@ def test_every_b_then_every_a_gets_a_gradient_also_after_prediction(backbone, ch
                 model.train()
                 trainer.step(rows)
                 model.eval()
-                predict_logits(model, tokens)
+                predict_outputs(model, tokens)
                 gradients = {name: p.grad.clone() for name, p in lora_parameters(model).items()}
                 assert all(g.isfinite().all() for g in gradients.values())
                 seen.append({name for name, g in gradients.items() if g.abs().max() > 0})
@@ -136,8 +136,8 @@ def test_4_bit_weights_are_as_far_from_the_source_as_nf4_is_from_gaussian_weight
 
 def test_hidden_states_in_4_bits_stay_near_those_in_32(model, backbone):
     tokens = random_tokens()
-    nf4 = predict_logits(make_model(backbone), tokens)
-    full = predict_logits(make_model(make_backbone(model, quantization=None)), tokens)
+    nf4 = predict_outputs(make_model(backbone), tokens)
+    full = predict_outputs(make_model(make_backbone(model, quantization=None)), tokens)
     distance = ((nf4 - full) ** 2).mean() ** 0.5 / full.std()
     assert 0 < distance < 0.35
 

@@ -26,9 +26,9 @@ from skqlora.checkpoint.architecture import check_architecture
 from skqlora.model import replicas as replicas_module
 from skqlora.model.flat import FlatParameters
 from skqlora.model.lora import peft_config, targeted_modules
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.settings.adapter_settings import TextSettings
 
 
@@ -199,7 +199,7 @@ def test_adapters_of_one_shape_take_turns_at_one_copy_each(backbone, pool, injec
     backbone = replace(backbone, replicas=pool)
     injections.reset_mock(), writes.clear()
     for state, n_writes in [(0, 1), (0, 1), (1, 2), (1, 2), (0, 3)]:
-        with TextClassifierModel.for_prediction(backbone, states[state]) as model:
+        with TextModel.for_prediction(backbone, states[state]) as model:
             for name, value in model.replica.state_dict().items():
                 np.testing.assert_array_equal(value, states[state].lora_tensors[name])
         assert len(writes) == n_writes
@@ -208,12 +208,12 @@ def test_adapters_of_one_shape_take_turns_at_one_copy_each(backbone, pool, injec
 
 def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes):
     backbone = replace(backbone, replicas=pool)
-    with TextClassifierModel.for_training(backbone, LORA, 3, "auto") as model:
+    with TextModel.for_training(backbone, LORA, 3, "auto") as model:
         train(model, random_tokens(), np.arange(16) % 3, make_settings())
         state = model.adapter_state(TextSettings(32))
     writes.clear()
-    with TextClassifierModel.for_prediction(backbone, state) as again:
-        predict_logits(again, random_tokens())
+    with TextModel.for_prediction(backbone, state) as again:
+        predict_outputs(again, random_tokens())
     assert again.replica is model.replica
     assert not writes
 
@@ -221,13 +221,13 @@ def test_adapter_that_was_just_trained_is_active_already(backbone, pool, writes)
 def test_adapter_is_copied_again_after_its_replica_was_trained(backbone, pool):
     backbone = replace(backbone, replicas=pool)
     state = make_model(backbone, seed=3).adapter_state(TextSettings(32))
-    with TextClassifierModel.for_prediction(backbone, state) as model:
-        expected = predict_logits(model, random_tokens())
-    with TextClassifierModel.for_training(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
+    with TextModel.for_prediction(backbone, state) as model:
+        expected = predict_outputs(model, random_tokens())
+    with TextModel.for_training(backbone, LORA, 3, "auto", lora_dropout=0.3) as other:
         train(other, random_tokens(), np.arange(16) % 3, make_settings())
-    with TextClassifierModel.for_prediction(backbone, state) as model:
+    with TextModel.for_prediction(backbone, state) as model:
         assert model.replica is other.replica
-        np.testing.assert_array_equal(predict_logits(model, random_tokens()), expected)
+        np.testing.assert_array_equal(predict_outputs(model, random_tokens()), expected)
 
 
 def test_adapter_that_was_copied_by_half_is_not_taken_for_the_one_before(backbone, pool):

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from skqlora.model.backbone import Backbone
 from skqlora.model.blocks import transformer_blocks
 from skqlora.model.replicas import ReplicaPool
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.recipe import scaled_learning_rate
 from skqlora.text.batches import TokenizedTexts
@@ -237,7 +237,7 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
 ):
     settings = {"batch_size": 16, "lora_dropout": 0.3, "num_train_epochs": 2}
     expected = adapter_after(backbone, **settings)
-    forward = TextClassifierModel.forward
+    forward = TextModel.forward
     sizes = []
 
     def out_of_memory_above(self, input_ids, attention_mask, *, part=None):
@@ -246,7 +246,7 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
             raise error
         return forward(self, input_ids, attention_mask, part=part)
 
-    monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory_above)
+    monkeypatch.setattr(TextModel, "forward", out_of_memory_above)
     with pytest.warns(RuntimeWarning, match=r"Out of memory with \d+ texts.*Pass batch_size="):
         recovered = adapter_after(backbone, **settings)
     np.testing.assert_allclose(recovered, expected, rtol=1e-4, atol=1e-5)
@@ -256,13 +256,13 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
 def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
     tokens = TokenizedTexts([np.full(n, 7) for n in [30] * 4 + [10] * 10 + [2] * 2], pad_id=0)
     shapes = []
-    forward = TextClassifierModel.forward
+    forward = TextModel.forward
 
     def noting(self, input_ids, attention_mask, *, part=None):
         shapes.append(tuple(input_ids.shape))
         return forward(self, input_ids, attention_mask, part=part)
 
-    monkeypatch.setattr(TextClassifierModel, "forward", noting)
+    monkeypatch.setattr(TextModel, "forward", noting)
     model = make_model(backbone, LORA, 3, "auto")
     settings = make_settings(batch_size=2, gradient_accumulation_steps=8)
     train(model, tokens, TARGETS[:16], settings)
@@ -274,7 +274,7 @@ def test_another_error_is_no_lack_of_memory(backbone, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError(ValueError("injected"))  # whose argument is no str
 
-    monkeypatch.setattr(TextClassifierModel, "forward", fail)
+    monkeypatch.setattr(TextModel, "forward", fail)
     with pytest.raises(RuntimeError, match="injected"):
         adapter_after(backbone)
 
@@ -283,7 +283,7 @@ def test_one_text_too_many_is_out_of_memory(backbone, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(TextClassifierModel, "forward", out_of_memory)
+    monkeypatch.setattr(TextModel, "forward", out_of_memory)
     with (
         pytest.warns(RuntimeWarning, match="Out of memory"),
         pytest.raises(torch.OutOfMemoryError, match="injected"),

@@ -174,7 +174,7 @@ def run_ours(size, options, device):
     from skqlora.memory.estimate import estimate_training
     from skqlora.model.backbone import Backbone, freeze
     from skqlora.model.replicas import ReplicaPool
-    from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.model.text_model import TextModel
     from skqlora.settings.adapter_settings import LoraSettings
     from skqlora.settings.parameters import read_parameters
     from skqlora.settings.settings import resolve_settings
@@ -211,7 +211,7 @@ def run_ours(size, options, device):
     )
     dropout = LORA["lora_dropout"]
     with (
-        TextClassifierModel.for_training(
+        TextModel.for_training(
             backbone, lora, N_CLASSES, "last", lora_dropout=dropout
         ) as model,
         Trainer(
@@ -232,7 +232,7 @@ def run_ours(size, options, device):
         spec,
         lora,
         optim=settings.optim,
-        n_classes=N_CLASSES,
+        n_outputs=N_CLASSES,
         n_texts=options.batch_size,
         n_tokens=options.tokens,
         dropout=True,

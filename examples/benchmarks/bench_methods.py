@@ -271,7 +271,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
         return load_tokenizer(self.model).tokenize(list(X), settings, n_tokens)[0]
 
     def _logits(self, inputs):
-        from skqlora.model.text_classifier import pool
+        from skqlora.model.text_model import pool
 
         inputs = {name: x.to(self.device_) for name, x in inputs.items()}
         with torch.autocast(self.device_, self.dtype_, enabled=self.dtype_ != torch.float32):

@@ -213,7 +213,7 @@ def backbone_of(clf):
 def bench_prediction(clf, texts, labels, repeats):
     """Ratio of `predict` of one text to a forward pass of the same model."""
     from skqlora.checkpoint.spec import BackboneSpec
-    from skqlora.model.text_classifier import TextClassifierModel
+    from skqlora.model.text_model import TextModel
     from skqlora.settings.parameters import read_parameters
     from skqlora.text.tokenization import load_tokenizer
 
@@ -230,7 +230,7 @@ def bench_prediction(clf, texts, labels, repeats):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    with TextClassifierModel.for_prediction(backbone, fitted.adapter_) as model:
+    with TextModel.for_prediction(backbone, fitted.adapter_) as model:
         bare = torch.no_grad()(lambda: model(input_ids, mask))
         with_base = torch.no_grad()(lambda: backbone.module(input_ids, attention_mask=mask))
     fitted.predict(texts[:1])

@@ -104,7 +104,7 @@ def estimate_training(
     lora: LoraSettings,
     *,
     optim: str,
-    n_classes: int,
+    n_outputs: int,
     n_texts: int,
     n_tokens: int,
     dropout: bool = False,
@@ -125,7 +125,7 @@ def estimate_training(
         The specification of the base, whose device need not be on this machine.
     lora : LoraSettings
     optim : {"paged_adamw_32bit", "paged_adamw_8bit", "adamw"}
-    n_classes : int
+    n_outputs : int
     n_texts, n_tokens : int
         The shape of the largest pass.
     dropout : bool, default=False
@@ -156,7 +156,7 @@ def estimate_training(
         n_tokens=n_tokens,
     )
     checkpointing = checkpointing and trace.kept_checkpointed is not None
-    n_trained = trace.adapter_elements + n_classes * (trace.hidden_size + 1)
+    n_trained = trace.adapter_elements + n_outputs * (trace.hidden_size + 1)
     itemsize = spec.compute_dtype.itemsize if precision.autocast else 4
     transients = TRANSIENTS * n_texts * n_tokens * trace.widest * itemsize
     transients += TRANSIENTS * trace.score_elements * itemsize

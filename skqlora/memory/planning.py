@@ -33,7 +33,7 @@ class PlannedFit:
     skeleton : transformers.PreTrainedModel
         The model on the meta device.
     lora : LoraSettings
-    n_classes : int
+    n_outputs : int
     n_tokens : int
         The number of tokens of the longest text, padding included.
     """
@@ -42,7 +42,7 @@ class PlannedFit:
     spec: BackboneSpec
     skeleton: PreTrainedModel
     lora: LoraSettings
-    n_classes: int
+    n_outputs: int
     n_tokens: int
 
     @property
@@ -59,7 +59,7 @@ class PlannedFit:
             self.spec,
             self.lora,
             optim=parameters.optim,
-            n_classes=self.n_classes,
+            n_outputs=self.n_outputs,
             n_texts=self.n_texts if n_texts is None else n_texts,
             n_tokens=self.n_tokens,
             dropout=parameters.lora_dropout > 0,
@@ -90,7 +90,7 @@ def largest_pass(batch_size: int, longest: int, *, on_cpu: bool) -> int:
     return batch_size
 
 
-def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:
+def estimate_fit(parameters: Parameters, n_outputs: int) -> MemoryEstimate:
     """Estimate the memory of a fit whose texts are as long as its parameters allow.
 
     Parameters
@@ -98,7 +98,7 @@ def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:
     parameters : Parameters
         The parameters of the fit. Their device need not be on this machine, and "auto"
         checkpointing counts as none.
-    n_classes : int
+    n_outputs : int
 
     Returns
     -------
@@ -109,7 +109,7 @@ def estimate_fit(parameters: Parameters, n_classes: int) -> MemoryEstimate:
     lora = resolve_lora(parameters, architecture.skeleton)
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     n_tokens = resolve_max_length(parameters, architecture.max_length(tokenizer.max_length))
-    planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_classes, n_tokens)
+    planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_outputs, n_tokens)
     return planned.estimate(checkpointing=parameters.gradient_checkpointing is True)
 
 

@@ -10,7 +10,7 @@ from skqlora._utils.torch_state import plain_torch
 from skqlora.adapter import AdapterState
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.cache import get_backbone
-from skqlora.model.text_classifier import TextClassifierModel, check_base
+from skqlora.model.text_model import TextModel, check_base
 from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts, prediction_batches
 from skqlora.text.encoding import Row
@@ -21,7 +21,7 @@ PREDICTION_TOKENS = 4096
 
 
 @plain_torch()
-def compute_logits(
+def compute_outputs(
     parameters: Parameters, adapter: AdapterState, texts: Sequence[Row], *, chunk_size: int
 ) -> np.ndarray:
     """Compute the logits of texts with an adapter, on the base that the process keeps.
@@ -39,7 +39,7 @@ def compute_logits(
 
     Returns
     -------
-    logits : ndarray of shape (n_texts, n_classes), float64
+    logits : ndarray of shape (n_texts, n_outputs), float64
 
     Raises
     ------
@@ -55,39 +55,39 @@ def compute_logits(
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     different = list(places)
     logits = []
-    with TextClassifierModel.for_prediction(backbone, adapter) as model:
+    with TextModel.for_prediction(backbone, adapter) as model:
         for start in range(0, len(different), chunk_size):
             chunk = different[start : start + chunk_size]
             tokens, counts = tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size)
             # The logits of a text are the mean over its windows, which lie one after the other.
-            sums = np.add.reduceat(predict_logits(model, tokens), np.cumsum(counts) - counts)
+            sums = np.add.reduceat(predict_outputs(model, tokens), np.cumsum(counts) - counts)
             logits.append(sums / counts[:, None])
     return np.concatenate(logits)[[places[text] for text in texts]]
 
 
-def predict_logits(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+def predict_outputs(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
     """Compute the logits of each row, in the order of the rows.
 
     Parameters
     ----------
-    model : TextClassifierModel
+    model : TextModel
     tokens : TokenizedTexts
         The n_rows tokenized texts.
 
     Returns
     -------
-    logits : ndarray of shape (n_rows, n_classes), float64
+    logits : ndarray of shape (n_rows, n_outputs), float64
     """
     logits = np.empty((len(tokens), model.head.out_features))
     return _compute(model, model, tokens, logits)
 
 
-def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.ndarray:
+def compute_features(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
     """Compute the input of the head for each row, in the order of the rows.
 
     Parameters
     ----------
-    model : TextClassifierModel
+    model : TextModel
     tokens : TokenizedTexts
         The n_rows tokenized texts.
 
@@ -102,7 +102,7 @@ def compute_features(model: TextClassifierModel, tokens: TokenizedTexts) -> np.n
 @torch.no_grad()
 def _compute(
     function: Callable[..., torch.Tensor],
-    model: TextClassifierModel,
+    model: TextModel,
     tokens: TokenizedTexts,
     values: np.ndarray,
 ) -> np.ndarray:

@@ -45,7 +45,7 @@ class RowDropout(nn.Module):
     Attributes
     ----------
     part : RowsOfUpdate or None
-        The rows that the current pass holds, which `TextClassifierModel.forward` sets.
+        The rows that the current pass holds, which `TextModel.forward` sets.
     """
 
     def __init__(self, p: float, seed: int, layer: int, row_axis: int):

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from numpy.typing import ArrayLike
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
@@ -35,7 +35,7 @@ from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.backbone import Backbone
 from skqlora.model.cache import get_backbone
 from skqlora.model.lora import has_conv1d
-from skqlora.model.text_classifier import TextClassifierModel, check_base
+from skqlora.model.text_model import TextModel, check_base
 from skqlora.persistence.merging import HEADS, classification_config, merge, stock_model
 from skqlora.persistence.peft_format import (
     CONFIG_FILE,
@@ -50,6 +50,7 @@ from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_text_settings
 from skqlora.text.columns import Columns
+from skqlora.text.targets import Classes, Target
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The entries of an adapter's configuration that are read here or do not affect its result.
@@ -107,12 +108,28 @@ def to_transformers(
     tokenizer.truncation_side = "left" if text_settings.truncation == "tail" else "right"
     tokenizer.model_max_length = text_settings.max_length
     config = classification_config(
-        backbone.module.config,
-        [str(label) for label in fitted.classes.tolist()],
-        multilabel=fitted.multilabel,
-        pad_id=tokenizer.pad_token_id,
+        backbone.module.config, fitted.target, pad_id=tokenizer.pad_token_id
     )
-    return merge(backbone, fitted.adapter, config), tokenizer
+    return merge(backbone, _in_units(fitted), config), tokenizer
+
+
+def _in_units(fitted: Fitted) -> AdapterState:
+    """Return the adapter with a head whose outputs are in the user's units."""
+    adapter, target = fitted.adapter, fitted.target
+    if isinstance(target, Classes):
+        return adapter
+    head = {"weight": adapter.head_tensors["weight"] * target.scale[:, None]}
+    if "bias" in adapter.head_tensors:
+        head["bias"] = adapter.head_tensors["bias"] * target.scale + target.mean
+    elif target.mean.any():
+        warnings.warn(
+            "Transformers' heads of decoders have no bias, so the mean of y cannot be written to "
+            f"this format. Add {target.mean.tolist()} to what its model predicts.",
+            UserWarning,
+            stacklevel=2,
+        )
+    head = {name: value.astype(np.float32) for name, value in head.items()}
+    return replace(adapter, head_tensors=head)
 
 
 def _checked_base(parameters: Parameters, adapter: AdapterState) -> Backbone:
@@ -190,7 +207,7 @@ def write_peft(parameters: Parameters, fitted: Fitted, folder: Path) -> None:
         lora_dropout=parameters.lora_dropout,
         fan_in_fan_out=parameters.quantization is None and has_conv1d(stock),
         within=base,
-        head=adapter.head_tensors,
+        head=_in_units(fitted).head_tensors,
         head_name=head_name,
     )
 
@@ -238,8 +255,7 @@ def read_peft(
     path: str | os.PathLike,
     config: dict[str, Any],
     parameters: Parameters,
-    classes: ArrayLike | None,
-    multilabel: bool,
+    target: Callable[[int], tuple[Target, np.ndarray]],
 ) -> Fitted:
     """Read an adapter that PEFT wrote; see `QLoRAClassifier.from_peft`.
 
@@ -250,19 +266,20 @@ def read_peft(
     config : dict
         The configuration that `read_peft_config` returned.
     parameters : Parameters
-    classes, multilabel
-        The arguments of `from_peft`.
+    target : callable
+        A function of the number of outputs that returns what they are, and their order.
 
     Returns
     -------
     fitted : Fitted
     """
     adapter, footprint = read_peft_weights(path, config, parameters)
-    labels, adapter = _sorted_by_class(adapter, classes)
+    outputs, order = target(len(adapter.head_tensors["weight"]))
+    head_tensors = {name: tensor[order] for name, tensor in adapter.head_tensors.items()}
+    adapter = replace(adapter, head_tensors=head_tensors)
     return Fitted(
         columns=Columns(None, None),
-        classes=labels,
-        multilabel=multilabel,
+        target=outputs,
         adapter=adapter,
         n_iter=0,
         n_samples_seen=0,
@@ -410,29 +427,8 @@ def read_peft_weights(
         lora_tensors=lora_tensors,
         head_tensors=head_tensors,
     )
-    with TextClassifierModel.for_prediction(backbone, state) as model:  # refuses what does not fit
+    with TextModel.for_prediction(backbone, state) as model:  # refuses what does not fit
         return state, backbone.footprint(model.count_trainable())
-
-
-def _sorted_by_class(
-    adapter: AdapterState, classes: ArrayLike | None
-) -> tuple[np.ndarray, AdapterState]:
-    """Sort the labels, and the rows of the head with them."""
-    n_classes = len(adapter.head_tensors["weight"])
-    labels = np.arange(n_classes) if classes is None else np.asarray(classes)
-    if n_classes < 2:
-        raise ValueError(
-            f"The adapter's head has {n_classes} output, as a regression or a reward model has. "
-            "Wanted: one for each of at least two classes."
-        )
-    if labels.shape != (n_classes,) or len(np.unique(labels)) != n_classes:
-        raise ValueError(
-            f"Got classes={labels.tolist()} but the adapter's head has {n_classes} outputs. "
-            "Wanted: a label for each, all different, in the order of the outputs."
-        )
-    order = np.argsort(labels)
-    head_tensors = {name: tensor[order] for name, tensor in adapter.head_tensors.items()}
-    return labels[order], replace(adapter, head_tensors=head_tensors)
 
 
 def _stock_skeleton(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel, str, str]:

@@ -27,6 +27,7 @@ from skqlora.checkpoint.modules import NoRandomInit
 from skqlora.model.backbone import Backbone
 from skqlora.model.lora import ADAPTER, peft_config, shown_to_peft
 from skqlora.persistence.peft_format import adapted_modules
+from skqlora.text.targets import Classes, Target
 
 HEADS = {"last": "score", "pooler": "classifier"}  # the head's name in Transformers, by pooling
 
@@ -71,18 +72,22 @@ def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel
 
 
 def classification_config(
-    backbone_config: PreTrainedConfig, labels: list[str], *, multilabel: bool, pad_id: int | None
+    backbone_config: PreTrainedConfig, target: Target, *, pad_id: int | None
 ) -> PreTrainedConfig:
-    """Write the names of the classes into a copy of a base's configuration."""
+    """Write what is predicted into a copy of a base's configuration."""
     config = copy.deepcopy(backbone_config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
+    if isinstance(target, Classes):
+        labels = [str(label) for label in target.values.tolist()]
+        kind = "multi_label_classification" if target.multilabel else "single_label_classification"
+    else:
+        labels = [f"LABEL_{number}" for number in range(target.n_outputs)]  # as in Transformers
+        kind = "regression"
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = (
-        "multi_label_classification" if multilabel else "single_label_classification"
-    )
+    config.problem_type = kind  # type: ignore[assignment]
     config.pad_token_id = pad_id
     return config
 

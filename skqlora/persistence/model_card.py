@@ -5,6 +5,7 @@ import os
 from skqlora.adapter import Fitted
 from skqlora.settings.parameters import Parameters
 from skqlora.text.columns import Columns
+from skqlora.text.targets import Numbers, Target
 
 MAX_CLASSES = 50  # the greatest number of classes that the page names
 TEMPLATE = """\
@@ -12,19 +13,19 @@ TEMPLATE = """\
 {header}
 ---
 
-# Text classifier: {n_classes} classes on {base}
+# {title} on {base}
 
 | | |
 |---|---|
 {table}
 
-Classes: {classes}.
+{predicts}.
 
 ```python
-from skqlora import QLoRAClassifier
+from skqlora import {estimator}
 
-clf = QLoRAClassifier.load("{path}")
-clf.predict({example})
+{name} = {estimator}.load("{path}")
+{name}.predict({example})
 ```
 
 The base is not part of this repository: it is loaded at the first prediction.
@@ -65,21 +66,40 @@ def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
         "columns": list(columns.names) if columns and columns.names else None,
         "prompt": repr(prompt) if prompt else None,
         "epochs": fitted.n_iter,
-        "training loss": f"{losses[-1]:.4f} nats" if losses else None,
+        "training loss": f"{losses[-1]:.4f} ({fitted.target.loss})" if losses else None,
         "validation score": None if score is None else f"{score:.4f}",
     }
-    labels = [str(label) for label in fitted.classes.tolist()]
-    if len(labels) > MAX_CLASSES:
-        labels[MAX_CLASSES:] = [f"and {len(labels) - MAX_CLASSES} more"]
     return TEMPLATE.format(
         header=header.to_yaml(),
-        n_classes=len(fitted.classes),
         base=os.path.basename(model),
         table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value),
         example=_example(columns),
-        classes=", ".join(labels),
         path=path,
+        **_words_of(fitted.target),
     )
+
+
+def _words_of(target: Target) -> dict[str, str]:
+    """Return what the page says of the estimator and what it predicts."""
+    if isinstance(target, Numbers):
+        each = zip(target.mean.tolist(), target.scale.tolist(), strict=True)
+        spread = ", ".join(f"{mean:.4g} ± {scale:.4g}" for mean, scale in each)
+        return {
+            "title": f"Text regressor: {target.n_outputs} number(s)",
+            "predicts": f"Mean and standard deviation of what it was trained on: {spread}",
+            "estimator": "QLoRARegressor",
+            "name": "reg",
+        }
+    labels = [str(label) for label in target.values.tolist()]
+    n_classes = len(labels)
+    if n_classes > MAX_CLASSES:
+        labels[MAX_CLASSES:] = [f"and {n_classes - MAX_CLASSES} more"]
+    return {
+        "title": f"Text classifier: {n_classes} classes",
+        "predicts": f"Classes: {', '.join(labels)}",
+        "estimator": "QLoRAClassifier",
+        "name": "clf",
+    }
 
 
 def _cell(value: object) -> str:

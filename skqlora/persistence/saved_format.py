@@ -28,6 +28,7 @@ from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
 from skqlora.settings.settings import SETTLED, Settings
 from skqlora.settings.template import check_prompt
 from skqlora.text.columns import Columns
+from skqlora.text.targets import REGRESSION_LOSSES, Classes, Numbers, Target
 
 FORMAT_VERSION = 3  # 3 has columns; 2 another fingerprint of the base than 1, and weight_scale
 
@@ -39,8 +40,8 @@ class SavedFiles:
     Attributes
     ----------
     manifest : str
-        The parameters, the classes, the other fitted attributes, and the SHA-256 of the files with
-        tensors.
+        The parameters, the classes or numbers, the other fitted attributes, and the SHA-256 of the
+        files with tensors.
     adapter, adapter_config : str
         The LoRA adapter of the headless base under PEFT's names, which
         `PeftModel.from_pretrained(AutoModel...)` reads.
@@ -93,8 +94,7 @@ def write_classifier(
         "skqlora_version": version,
         "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
         "columns": None if fitted.columns is None else asdict(fitted.columns),
-        "classes": _classes_to_json(fitted.classes),
-        "multilabel": fitted.multilabel,
+        **_target_to_json(fitted.target),
         "n_iter": fitted.n_iter,
         "n_samples_seen": fitted.n_samples_seen,
         "loss_curve": fitted.loss_curve,
@@ -166,8 +166,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
         fitted_with = partial(
             Fitted,
             columns=_columns_from_json(manifest),
-            classes=_classes_from_json(typed(manifest, "classes", dict)),
-            multilabel=typed(manifest, "multilabel", bool),
+            target=_target_from_json(manifest),
             n_iter=typed(manifest, "n_iter", int),
             n_samples_seen=typed(manifest, "n_samples_seen", int),
             loss_curve=[float(loss) for loss in typed(manifest, "loss_curve", list)],
@@ -201,7 +200,7 @@ def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
         check_lora(lora_tensors, lora)
     with naming_the_file(folder / FILES.head):
         head_tensors = tensors[FILES.head]
-        check_head(head_tensors, len(fitted_with.keywords["classes"]))
+        check_head(head_tensors, fitted_with.keywords["target"].n_outputs)
     optimizer = None
     if FILES.optimizer in tensors:
         with naming_the_file(folder / FILES.optimizer):
@@ -257,14 +256,14 @@ def check_lora(tensors: dict[str, np.ndarray], lora: LoraSettings) -> None:
         raise ValueError(f"it does not hold A and B of {incomplete or 'any layer'}")
 
 
-def check_head(tensors: dict[str, np.ndarray], n_classes: int) -> None:
-    """Refuse tensors that no linear head of `n_classes` classes has."""
+def check_head(tensors: dict[str, np.ndarray], n_outputs: int) -> None:
+    """Refuse tensors that no linear head of `n_outputs` outputs has."""
     if not {"weight"} <= tensors.keys() <= {"weight", "bias"}:
         raise ValueError(f"it holds {sorted(tensors)} instead of a weight and a bias")
     for name, tensor in tensors.items():
         _check_numbers(name, tensor)
-        if tensor.ndim != (2 if name == "weight" else 1) or len(tensor) != n_classes:
-            raise ValueError(f"{name!r} has the shape {tensor.shape} for {n_classes} classes")
+        if tensor.ndim != (2 if name == "weight" else 1) or len(tensor) != n_outputs:
+            raise ValueError(f"{name!r} has the shape {tensor.shape} for {n_outputs} outputs")
 
 
 def _check_numbers(name: str, tensor: np.ndarray) -> None:
@@ -304,6 +303,31 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {_from_json(key): _from_json(entry) for key, entry in value["items"]}
     return [_from_json(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _target_to_json(target: Target) -> dict[str, Any]:
+    """Return what is predicted, in entries of the manifest."""
+    if isinstance(target, Classes):
+        return {"classes": _classes_to_json(target.values), "multilabel": target.multilabel}
+    numbers = {"mean": target.mean.tolist(), "scale": target.scale.tolist()}
+    kind = {"one_dimensional": target.one_dimensional, "loss": target.loss}
+    return {"numbers": numbers | kind}
+
+
+def _target_from_json(manifest: dict[str, Any]) -> Target:
+    if "numbers" not in manifest:
+        classes = _classes_from_json(typed(manifest, "classes", dict))
+        return Classes(classes, typed(manifest, "multilabel", bool))
+    numbers = typed(manifest, "numbers", dict)
+    mean, scale = (np.array(typed(numbers, name, list), np.float64) for name in ("mean", "scale"))
+    target = Numbers(
+        mean, scale, typed(numbers, "one_dimensional", bool), typed(numbers, "loss", str)
+    )
+    right = mean.ndim == 1 and mean.shape == scale.shape and len(mean) > 0 and (scale >= 0).all()
+    right = right and (len(mean) == 1 or not target.one_dimensional)
+    if not right or not np.isfinite([mean, scale]).all() or target.loss not in REGRESSION_LOSSES:
+        raise ValueError("the numbers are not those of a fit")
+    return target
 
 
 def _classes_to_json(classes: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from skqlora.persistence.model_card import model_card
 from skqlora.persistence.peft_format import write_adapter
 from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
 from skqlora.settings.parameters import Parameters
+from skqlora.text.targets import Classes, Numbers
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # an id of the Hub
 
@@ -69,7 +70,7 @@ def save(
 
 
 def load(
-    path: str | os.PathLike, revision: str | None, *, known: Collection[str]
+    path: str | os.PathLike, revision: str | None, *, known: Collection[str], target: type
 ) -> tuple[dict[str, Any], Fitted]:
     """Read an estimator that `save` wrote; see `QLoRAClassifier.load`.
 
@@ -79,6 +80,8 @@ def load(
     revision : str or None
     known : collection of str
         The names of the estimator's parameters.
+    target : {Classes, Numbers}
+        What the estimator predicts.
 
     Returns
     -------
@@ -88,6 +91,12 @@ def load(
     """
     folder = _folder_of(path, revision)
     params, fitted = read_folder(folder, read_classifier)
+    if type(fitted.target) is not target:
+        kinds = {Classes: "QLoRAClassifier", Numbers: "QLoRARegressor"}
+        raise ValueError(
+            f"{str(folder)!r} holds a {kinds[type(fitted.target)]}. Wanted: a {kinds[target]}, or "
+            f"{kinds[type(fitted.target)]}.load, which reads it."
+        )
     unknown = params.keys() - set(known)
     if unknown:
         raise ValueError(
@@ -127,7 +136,7 @@ def push_to_hub(
         commit = HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
-            commit_message="Text classifier of skqlora",
+            commit_message="Written by skqlora",
             delete_patterns=list(ALL_FILES),  # the files of an earlier one
         )
     return commit.commit_url

@@ -1,4 +1,4 @@
-"""The values that the parameters of `QLoRAClassifier` may have, in scikit-learn's notation."""
+"""The values that the parameters of the estimators may have, in scikit-learn's notation."""
 
 import os
 from numbers import Integral, Real
@@ -55,4 +55,10 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "checkpoint_every": [Interval(Integral, 1, None, closed="left")],
     "random_state": ["random_state"],
     "verbose": ["verbose"],
+}
+REGRESSOR_CONSTRAINTS = {
+    name: allowed for name, allowed in PARAMETER_CONSTRAINTS.items() if name != "class_weight"
+} | {
+    "loss": [StrOptions({"squared_error", "absolute_error", "huber"})],
+    "init_head_weights": [StrOptions({"normal", "probe"})],
 }

@@ -12,6 +12,8 @@ import numpy as np
 from skqlora.settings.template import is_for_one_text
 from skqlora.text.columns import Columns, Rows, Table, check_column, rows_of, texts_of
 from skqlora.text.labels import check_labels
+from skqlora.text.numbers import check_numbers
+from skqlora.text.targets import Classes, Numbers, Target
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,16 @@ class LabelledTexts:
     Attributes
     ----------
     inputs : CheckedTexts
-    classes : ndarray of shape (n_classes,)
-        The classes in the labels' own dtype, or the numbers of a multilabel indicator's columns.
-    targets : ndarray of int, of shape (n_texts,) or (n_texts, n_classes)
-        The class numbers, or a multilabel indicator of 0 and 1.
+    target : Classes or Numbers
+        What is predicted.
+    targets : ndarray of shape (n_texts,) or (n_texts, n_outputs)
+        The class numbers, or a multilabel indicator of 0 and 1, or the user's numbers in float64.
     sample_weight : ndarray of shape (n_texts,), float64, or None
         The weights, without zeros. None gives each text a weight of one.
     """
 
     inputs: CheckedTexts
-    classes: np.ndarray
+    target: Target
     targets: np.ndarray
     sample_weight: np.ndarray | None
 
@@ -104,14 +106,9 @@ class LabelledTexts:
         return self.inputs.texts
 
     @property
-    def multilabel(self) -> bool:
-        """Whether a text has any number of labels instead of one class."""
-        return self.targets.ndim == 2
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The labels as the user wrote them."""
-        return self.targets if self.multilabel else self.classes[self.targets]
+    def y(self) -> np.ndarray:
+        """The labels or numbers as the user wrote them."""
+        return self.target.to_user(self.targets)
 
     def take(self, rows: np.ndarray) -> "LabelledTexts":
         """Select rows by number."""
@@ -149,8 +146,46 @@ def check_labelled_texts(
         If labels or weights are invalid, or if there is not one for each text.
     """
     classes, targets = check_labels(y, len(inputs), classes, suffix)
+    target = Classes(classes, multilabel=targets.ndim == 2)
+    return _weighted(inputs, target, targets, sample_weight, suffix)
+
+
+def check_numbered_texts(
+    inputs: CheckedTexts,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    loss: str,
+    suffix: str = "",
+) -> LabelledTexts:
+    """Combine checked texts with a user's numbers and weights; leave out rows of weight zero.
+
+    Parameters
+    ----------
+    inputs : CheckedTexts
+        The n_texts texts.
+    y : array-like of shape (n_texts,) or (n_texts, n_outputs)
+    sample_weight : array-like of shape (n_texts,) or float, optional
+    loss : {"squared_error", "absolute_error", "huber"}
+    suffix : str, default=""
+        The suffix of the user's names for texts, numbers and weights.
+
+    Raises
+    ------
+    ValueError
+        If numbers or weights are invalid, or if there is not one for each text.
+    """
+    numbers = check_numbers(y, len(inputs), f"y{suffix}")
+    unknown = Numbers(np.zeros(1), np.ones(1), one_dimensional=numbers.ndim == 1, loss=loss)
+    table = _weighted(inputs, unknown, numbers, sample_weight, suffix)
+    return replace(table, target=Numbers.of(table.targets, table.sample_weight, loss))
+
+
+def _weighted(
+    inputs: CheckedTexts, target: Target, targets: np.ndarray, sample_weight: Any, suffix: str
+) -> LabelledTexts:
     sample_weight = check_sample_weight(sample_weight, len(inputs), f"sample_weight{suffix}")
-    table = LabelledTexts(inputs, classes, targets, sample_weight)
+    table = LabelledTexts(inputs, target, targets, sample_weight)
     if table.sample_weight is None:
         return table
     return table.take(np.flatnonzero(table.sample_weight))
@@ -184,32 +219,41 @@ def is_validation_given(
 
 
 def check_validation(
-    inputs: CheckedTexts, y_val: Any, sample_weight_val: Any, training: LabelledTexts
+    inputs: CheckedTexts, y_val: Any, sample_weight_val: Any, target: Target
 ) -> LabelledTexts:
-    """Combine texts and labels for early stopping to score, with the classes of the training.
+    """Combine texts and labels, or numbers, for early stopping to score.
 
     Parameters
     ----------
     inputs : CheckedTexts
         The n_texts texts.
-    y_val : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_labels)
+    y_val : array-like or sparse matrix of shape (n_texts,) or (n_texts, n_outputs)
     sample_weight_val : array-like of shape (n_texts,) or None
-    training : LabelledTexts
-        The texts and labels to train on.
+    target : Classes or Numbers
+        What is predicted.
 
     Raises
     ------
     ValueError
-        If labels or weights are invalid, or if the labels are of another kind than in training.
+        If labels, numbers or weights are invalid, or if they are of another kind than in training.
     """
-    table = check_labelled_texts(inputs, y_val, sample_weight_val, training.classes, suffix="_val")
-    if table.multilabel != training.multilabel:
+    if isinstance(target, Numbers):
+        numbers = check_numbers(y_val, len(inputs), "y_val")
+        if numbers.shape[1:] != (() if target.one_dimensional else (target.n_outputs,)):
+            raise ValueError(
+                f"Got y_val of shape {numbers.shape}, but y has {target.n_outputs} number(s) for "
+                "each text. Wanted: as many, in an array of as many dimensions."
+            )
+        return _weighted(inputs, target, numbers, sample_weight_val, "_val")
+    table = check_labelled_texts(inputs, y_val, sample_weight_val, target.values, suffix="_val")
+    multilabel = table.targets.ndim == 2
+    if multilabel != target.multilabel:
         kinds = ["one label for each text", "a multilabel indicator"]
         raise ValueError(
-            f"Got {kinds[table.multilabel]} as y_val, but {kinds[training.multilabel]} as y. "
+            f"Got {kinds[multilabel]} as y_val, but {kinds[target.multilabel]} as y. "
             "Wanted: both of one kind."
         )
-    return table
+    return replace(table, target=target)
 
 
 def check_sample_weight(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from skqlora.text.inputs import LabelledTexts
+from skqlora.text.targets import Classes, Numbers
 from skqlora.text.values import plain_str
 
 LARGEST = sys.float_info.max
@@ -17,10 +18,12 @@ GREATEST_RATIO = 1e9  # of the mean weights of two pieces of the data
 ClassWeight = Mapping[Any, float] | list[Mapping[int, float]] | str | None
 
 
-def apply_class_weight(
-    table: LabelledTexts, class_weight: ClassWeight, *, min_classes: int = 2
+def weigh(
+    table: LabelledTexts, class_weight: ClassWeight = None, *, min_classes: int = 2
 ) -> tuple[LabelledTexts, np.ndarray]:
     """Multiply the weights of the texts by those of their classes; drop rows of weight zero.
+
+    The weight of a text counts for each of its numbers, if it has no classes.
 
     "balanced" is scikit-learn's ``n / (n_classes * count)`` (King and Zeng, "Logistic Regression in
     Rare Events Data", 2001), where a text counts as often as its weight says.
@@ -38,7 +41,7 @@ def apply_class_weight(
     -------
     table : LabelledTexts
         The rows with a weight above zero.
-    weights : ndarray of the shape of the targets, float64
+    weights : ndarray of the shape of the targets in the training, float64
 
     Raises
     ------
@@ -48,12 +51,17 @@ def apply_class_weight(
     sample_weight = table.sample_weight
     if sample_weight is None:
         sample_weight = np.ones(len(table))
+    target = table.target
+    if isinstance(target, Numbers):
+        return table, np.repeat(sample_weight[:, None], target.n_outputs, axis=1)
     counted = without_exponent(sample_weight)
     with np.errstate(over="ignore"):
-        if table.multilabel:
-            weights = sample_weight[:, None] * _label_weights(table, counted, class_weight)
+        if target.multilabel:
+            columns = _label_weights(target, table.targets, counted, class_weight)
+            weights = sample_weight[:, None] * columns
         else:
-            weights = sample_weight * _single_weights(table, counted, class_weight)
+            of_class = _single_weights(target, table.targets, counted, class_weight)
+            weights = sample_weight * of_class
     if not np.isfinite(weights).all():
         raise ValueError(
             "Got weights (sample_weight times class_weight) that are too large for float64. "
@@ -61,8 +69,8 @@ def apply_class_weight(
         )
     rows = np.flatnonzero(weights.reshape(len(weights), -1).any(axis=1))
     table, weights = table.take(rows), weights[rows]
-    if len(rows) == 0 or (not table.multilabel and len(np.unique(table.targets)) < min_classes):
-        names = table.classes[np.unique(table.targets)].tolist()
+    if len(rows) == 0 or (not target.multilabel and len(np.unique(table.targets)) < min_classes):
+        names = target.values[np.unique(table.targets)].tolist()
         raise ValueError(
             f"Got weights (sample_weight and class_weight) that leave only the classes {names}. "
             f"Wanted: at least {min_classes} with a weight above zero."
@@ -102,7 +110,7 @@ def check_scale(weights: np.ndarray, scale: float) -> None:
 
 
 def _single_weights(
-    table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
+    target: Classes, targets: np.ndarray, sample_weight: np.ndarray, class_weight: ClassWeight
 ) -> np.ndarray:
     """Return the weight of each text's class, of shape (n_texts,)."""
     if isinstance(class_weight, list):
@@ -110,15 +118,15 @@ def _single_weights(
             "Got a list as class_weight with one label for each text. Wanted: a dict of label to "
             "weight, 'balanced' or None."
         )
-    names = table.classes.tolist()
-    return _class_weights(class_weight, names, table.targets, sample_weight)[table.targets]
+    names = target.values.tolist()
+    return _class_weights(class_weight, names, targets, sample_weight)[targets]
 
 
 def _label_weights(
-    table: LabelledTexts, sample_weight: np.ndarray, class_weight: ClassWeight
+    target: Classes, targets: np.ndarray, sample_weight: np.ndarray, class_weight: ClassWeight
 ) -> np.ndarray:
     """Return the weight of each label's presence or absence, of shape (n_texts, n_labels)."""
-    n_labels = len(table.classes)
+    n_labels = target.n_outputs
     dicts = class_weight if isinstance(class_weight, list) else []
     if isinstance(class_weight, Mapping) or (
         isinstance(class_weight, list)
@@ -129,7 +137,7 @@ def _label_weights(
             f"or a list of {n_labels} dicts such as {{0: 1, 1: 5}}, one for each label."
         )
     columns = []
-    for label, present in enumerate(table.targets.T):
+    for label, present in enumerate(targets.T):
         of_label = class_weight[label] if isinstance(class_weight, list) else class_weight
         by_presence = _class_weights(of_label, [0, 1], present, sample_weight)
         columns.append(by_presence[present])

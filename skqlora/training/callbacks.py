@@ -45,7 +45,7 @@ class FitTasks:
 
     def __init__(self, estimator: FitEstimator, n_epochs: int, table: LabelledTexts):
         self._estimator = estimator
-        self._told = {"X": table.inputs.rows, "y": table.labels}
+        self._told = {"X": table.inputs.rows, "y": table.y}
         if table.sample_weight is not None:
             self._told["metadata"] = {"sample_weight": table.sample_weight}
         self._root: Any = None

@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from skqlora.adapter import AdapterState, Fitted
 from skqlora.text.inputs import LabelledTexts
+from skqlora.text.targets import Classes
 from skqlora.text.weights import without_exponent
 from skqlora.training.estimator import FitEstimator
 
@@ -61,7 +62,7 @@ class EarlyStopping:
         if table.sample_weight is not None:
             weights = {"sample_weight": without_exponent(table.sample_weight)}
         try:
-            score = self._scorer(fitted, table.inputs.rows, table.labels, **weights)
+            score = self._scorer(fitted, table.inputs.rows, table.y, **weights)
         except TypeError as error:
             if weights and "sample_weight" in str(error):
                 raise TypeError(
@@ -129,8 +130,8 @@ def hold_out(
 ) -> tuple[LabelledTexts, LabelledTexts]:
     """Split off texts for validation, in the proportions of the classes.
 
-    Each class keeps a text for training, so a rare class may have none held out. Multilabel texts
-    are split at random.
+    Each class keeps a text for training, so a rare class may have none held out. Texts with several
+    labels, or with numbers, are split at random.
 
     Parameters
     ----------
@@ -149,7 +150,9 @@ def hold_out(
         If one of the two parts would be too small.
     """
     rows = np.arange(len(table))
-    counts = None if table.multilabel else np.bincount(table.targets, minlength=len(table.classes))
+    counts = None
+    if isinstance(table.target, Classes) and not table.target.multilabel:
+        counts = np.bincount(table.targets, minlength=table.target.n_outputs)
     divisible = rows if counts is None else rows[counts[table.targets] > 1]
     n_held_out = math.ceil(fraction * len(table))
     n_classes = 1 if counts is None else int((counts > 1).sum())
@@ -175,11 +178,6 @@ def hold_out(
 
 
 def _loss_scorer(fitted: Any, X: Any, y: np.ndarray, sample_weight: Any = None) -> float:
-    """Return the negative mean cross-entropy, in nats."""
-    if y.ndim == 2:
-        logits = fitted.decision_function(X)
-        of_text = -np.logaddexp(0, np.where(y == 1, -logits, logits)).mean(axis=1)
-    else:
-        classes = np.searchsorted(fitted.classes_, y)
-        of_text = fitted.predict_log_proba(X)[np.arange(len(y)), classes]
-    return float(np.average(of_text, weights=sample_weight))
+    """Return the negative mean loss, of the kind that is trained with."""
+    fit, outputs = fitted._compute_outputs(X)
+    return -float(np.average(fit.target.losses(outputs, y), weights=sample_weight))

@@ -19,8 +19,7 @@ from skqlora.adapter import AdapterState, Fitted
 from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_epochs
 from skqlora.text.inputs import LabelledTexts
-from skqlora.text.values import short
-from skqlora.text.weights import apply_class_weight, check_scale, mean_weight
+from skqlora.text.weights import check_scale, mean_weight, weigh
 from skqlora.training.callbacks import FitTasks
 from skqlora.training.checkpoints import (
     Checkpoint,
@@ -81,7 +80,7 @@ def fit_epochs(
     FloatingPointError
         If the loss stops being finite in the first epoch.
     """
-    _check_same_classes(table, start)
+    table = _continued(table, start)
     import_libraries()
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
@@ -91,7 +90,7 @@ def fit_epochs(
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, start))
         table, stopping = _early_stopping(estimator, table, held_out, start, seed)
-        table, weights = apply_class_weight(table, estimator.class_weight)
+        table, weights = weigh(table, getattr(estimator, "class_weight", None))
         scale = mean_weight(weights)  # only their ratios matter
         weights = weights / scale
         n_epochs = resolve_epochs(parameters, len(table))
@@ -141,7 +140,7 @@ def fit_epochs(
 def check_incremental(estimator: FitEstimator) -> None:
     """Refuse parameters that need all data at once; raise ValueError that names one."""
     for name, value in [("early_stopping", True), ("class_weight", "balanced")]:
-        if getattr(estimator, name) == value:
+        if getattr(estimator, name, None) == value:
             raise ValueError(
                 f"partial_fit does not support {name}={value!r}, which needs all data at once. "
                 "Wanted: fit, or another value (for class weights a dict of numbers)."
@@ -163,7 +162,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
     -------
     fitted : Fitted
     """
-    _check_same_classes(table, start)
+    table = _continued(table, start)
     import_libraries()
     from skqlora.training.distributed import Ranks
     from skqlora.training.setup import prepared_training
@@ -171,7 +170,8 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
     parameters = read_parameters(estimator)
     with Ranks.current().one_fit_at_a_time() as ranks:
         seed = ranks.from_first(_choose_seed(estimator, start))
-        table, weights = apply_class_weight(table, estimator.class_weight, min_classes=1)
+        class_weight = getattr(estimator, "class_weight", None)
+        table, weights = weigh(table, class_weight, min_classes=1)
         scale = None if start is None else start.weight_scale
         if scale is None:  # that of the first piece, which all later ones share
             scale = mean_weight(weights)
@@ -320,7 +320,8 @@ def _identity(table: LabelledTexts | None) -> tuple[Any, ...] | None:
     """Return what a table is to a training, without columns that the prompt does not use."""
     if table is None:
         return None
-    return table.texts, table.inputs.columns, table.classes, table.targets, table.sample_weight
+    inputs = table.inputs
+    return inputs.texts, inputs.columns, table.target, table.targets, table.sample_weight
 
 
 def as_fitted(estimator: FitEstimator, fitted: Fitted) -> FitEstimator:
@@ -344,8 +345,7 @@ def _fitted_now(
         adapter = run.adapter_state()
     return Fitted(
         columns=table.inputs.columns,
-        classes=table.classes,
-        multilabel=table.multilabel,
+        target=table.target,
         adapter=adapter,
         n_iter=len(losses),
         n_samples_seen=len(table),
@@ -360,26 +360,17 @@ def _fitted_now(
     )
 
 
-def _check_same_classes(table: LabelledTexts, start: Fitted | None) -> None:
-    """Refuse to continue a fit, if there is one, that had other classes than the table.
+def _continued(table: LabelledTexts, start: Fitted | None) -> LabelledTexts:
+    """Return the table as a fit that continues another one, if there is one, reads it.
 
     Raises
     ------
     ValueError
-        If the table's classes are not the fitted ones.
+        If the earlier fit predicts something else.
     """
     if start is None:
-        return
-    same = np.array_equal(table.classes, start.classes) and table.multilabel == start.multilabel
-    if not same:
-        kinds = [
-            "multilabel" if each.multilabel else "one for each text" for each in (table, start)
-        ]
-        raise ValueError(
-            f"Got y with the classes {short(table.classes.tolist())} ({kinds[0]}) but the fit to "
-            f"continue from has {short(start.classes.tolist())} ({kinds[1]}). Wanted: the same "
-            "classes, or `fit` with warm_start=False."
-        )
+        return table
+    return replace(table, target=table.target.continue_from(start.target))
 
 
 def _choose_seed(estimator: FitEstimator, start: Fitted | None) -> int:

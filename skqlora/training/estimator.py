@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from skqlora.adapter import Fitted
-from skqlora.text.weights import ClassWeight
 
 
 class FitEstimator(Protocol):
@@ -15,10 +14,9 @@ class FitEstimator(Protocol):
 
     `read_parameters` reads the parameters that are plain values. Those below may be functions,
     dicts or random states, or concern only the course of a fit, and are read where they are needed.
-    `warm_start`, the last one, is read by `fit` alone.
+    `warm_start` is read by `fit` alone, and `class_weight` is the classifier's.
     """
 
-    class_weight: ClassWeight
     early_stopping: bool
     validation_fraction: float
     n_iter_no_change: int

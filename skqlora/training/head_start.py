@@ -3,14 +3,15 @@
 import numpy as np
 
 from skqlora.model.prediction import compute_features
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.inputs import LabelledTexts
+from skqlora.text.targets import Classes, Target
 from skqlora.text.tokenization import CachingTokenizer
 from skqlora.text.values import well_formed
 from skqlora.training.class_names import head_of_class_names
 from skqlora.training.distributed import Ranks
-from skqlora.training.probe import choose_probe_rows, fit_probe
+from skqlora.training.probe import choose_probe_rows, fit_linear_probe, fit_probe
 
 
 def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
@@ -30,13 +31,15 @@ def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
     """
     if how != "class_names":
         return
-    if table.multilabel or not all(isinstance(label, str) for label in table.classes.tolist()):
-        what = "a multilabel indicator" if table.multilabel else f"{table.classes.dtype} labels"
+    target = table.target
+    assert isinstance(target, Classes)  # a regressor has no such start
+    if target.multilabel or not all(isinstance(label, str) for label in target.values.tolist()):
+        what = "a multilabel indicator" if target.multilabel else f"{target.values.dtype} labels"
         raise ValueError(
             f"Got init_head_weights='class_names' with {what}. Wanted: one label of type str for "
             "each text, or another start of the head."
         )
-    for label in table.classes.tolist():
+    for label in target.values.tolist():
         well_formed(label, "the class")
     if pooling not in ("auto", "last"):
         raise ValueError(
@@ -47,9 +50,9 @@ def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
 
 def start_head(
     how: str,
-    model: TextClassifierModel,
+    model: TextModel,
     tokenizer: CachingTokenizer,
-    classes: np.ndarray,
+    target: Target,
     tokens: TokenizedTexts,
     targets: np.ndarray,
     weights: np.ndarray,
@@ -61,13 +64,15 @@ def start_head(
     ----------
     how : {"normal", "probe", "class_names"}
         The kind of start. "normal" leaves the head as it is.
-    model : TextClassifierModel
+    model : TextModel
         The model, before its training begins.
     tokenizer : CachingTokenizer
-    classes : ndarray of shape (n_classes,)
+    target : Classes or Numbers
+        What is predicted.
     tokens : TokenizedTexts
         The n_rows texts.
-    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_classes)
+    targets : ndarray of shape (n_rows,) or (n_rows, n_outputs)
+        What the outputs are compared with.
     weights : ndarray of the shape of `targets`
     seed : int
         The seed that draws the rows that a probe is fitted to, if not to all.
@@ -89,7 +94,8 @@ def start_head(
                 "init_head_weights='normal'."
             )
         bias = model.head.bias is not None
-        return fit_probe(features, targets[rows], weights[rows], len(classes), bias=bias)
+        fit = fit_probe if isinstance(target, Classes) else fit_linear_probe
+        return fit(features, targets[rows], weights[rows], target.n_outputs, bias=bias)
 
     if how == "class_names":
         if not model.backbone.causal:
@@ -98,6 +104,7 @@ def start_head(
                 "which is no decoder. Wanted: a decoder such as Qwen or Llama, or "
                 "init_head_weights='normal' or 'probe'."
             )
-        model.load_head(head_of_class_names(model.backbone, tokenizer, classes.tolist()))
+        names = target.identity[0]
+        model.load_head(head_of_class_names(model.backbone, tokenizer, names))
     elif how == "probe":
         model.load_head(Ranks.current().call_on_first(probe))

@@ -17,7 +17,7 @@ from torch import nn
 from skqlora.checkpoint.device import is_out_of_memory
 from skqlora.model.backbone import Backbone
 from skqlora.model.blocks import replaced_forwards, transformer_blocks
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.model.trial import TOLERANCE
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
 from skqlora.training import state_store
@@ -57,7 +57,7 @@ class CachedPrefix:
 
 @contextmanager
 def cached_prefix(
-    model: TextClassifierModel,
+    model: TextModel,
     tokens: TokenizedTexts,
     max_length: int,
     *,
@@ -68,7 +68,7 @@ def cached_prefix(
 
     Parameters
     ----------
-    model : TextClassifierModel
+    model : TextModel
         The model. In the context, the prefix must be fed before each forward pass.
     tokens : TokenizedTexts
     max_length : int
@@ -161,7 +161,7 @@ class _PrefixRun:
 
     Parameters
     ----------
-    model : TextClassifierModel
+    model : TextModel
     blocks : list of torch.nn.Module
         The layers before the first adapted one, and that one at the end.
     tokens : TokenizedTexts
@@ -172,7 +172,7 @@ class _PrefixRun:
 
     def __init__(
         self,
-        model: TextClassifierModel,
+        model: TextModel,
         blocks: list[nn.Module],
         tokens: TokenizedTexts,
         max_length: int,

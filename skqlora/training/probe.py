@@ -1,4 +1,4 @@
-"""A head that starts as a logistic regression on the features of the untrained base.
+"""A head that starts as a linear model of the features of the untrained base.
 
 This module knows nothing of models. It takes vectors and numbers.
 """
@@ -6,12 +6,13 @@ This module knows nothing of models. It takes vectors and numbers.
 import warnings
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
 
 from skqlora._utils.libraries import library_lock
 
 PROBE_TEXTS = 10_000  # the greatest number of rows that a probe is fitted to
 PROBE_C = 0.03  # the C of the regression, for features of unit variance
+RIDGE_PENALTIES = np.logspace(0, 5, 11)
 
 
 def choose_probe_rows(targets: np.ndarray, seed: int) -> np.ndarray:
@@ -60,10 +61,7 @@ def fit_probe(
     head : dict of str to ndarray
         The float32 array "weight" of shape (n_classes, n_features) and, if asked for, "bias".
     """
-    mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
-    scale = np.sqrt(((features - mean) ** 2).mean(axis=0))
-    scale[scale == 0] = 1
-    scaled = (features - mean) / scale
+    scaled, mean, scale = _standardized(features, bias)
     if targets.ndim == 1:
         weight, intercept = _fit(scaled, targets, weights, n_classes, bias)
     else:
@@ -72,7 +70,47 @@ def fit_probe(
         ]
         weight = np.stack([w[1] - w[0] for w, _ in columns])
         intercept = np.stack([b[1] - b[0] for _, b in columns])
-    weight = weight / scale
+    return _as_head(weight / scale, intercept, mean, bias)
+
+
+def fit_linear_probe(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray, n_outputs: int, *, bias: bool
+) -> dict[str, np.ndarray]:
+    """Fit a ridge regression for each number, whose penalty cross-validation chooses.
+
+    Parameters
+    ----------
+    features : ndarray of shape (n_rows, n_features)
+    targets : ndarray of shape (n_rows, n_outputs)
+    weights : ndarray of the shape of `targets`
+    n_outputs : int
+    bias : bool
+        Whether the head has a bias.
+
+    Returns
+    -------
+    head : dict of str to ndarray
+        The float32 array "weight" of shape (n_outputs, n_features) and, if asked for, "bias".
+    """
+    scaled, mean, scale = _standardized(features, bias)
+    probe = RidgeCV(RIDGE_PENALTIES, fit_intercept=bias)
+    with library_lock:
+        probe.fit(scaled, targets, weights[:, 0])  # one weight for all numbers of a text
+    weight = probe.coef_.reshape(n_outputs, -1)
+    intercept = np.broadcast_to(probe.intercept_, n_outputs)
+    return _as_head(weight / scale, intercept, mean, bias)
+
+
+def _standardized(features: np.ndarray, bias: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
+    scale = np.sqrt(((features - mean) ** 2).mean(axis=0))
+    scale[scale == 0] = 1
+    return (features - mean) / scale, mean, scale
+
+
+def _as_head(
+    weight: np.ndarray, intercept: np.ndarray, mean: np.ndarray, bias: bool
+) -> dict[str, np.ndarray]:
     head = {"weight": weight.astype(np.float32)}
     if bias:
         head["bias"] = (intercept - weight @ mean).astype(np.float32)

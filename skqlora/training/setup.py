@@ -19,7 +19,7 @@ from skqlora.memory.planning import PlannedFit, choose_checkpointing, fits
 from skqlora.memory.tracing import UntraceableError
 from skqlora.model.cache import count_bytes_of, drop_other_backbones, get_backbone
 from skqlora.model.lora import resolve_lora
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings
@@ -138,9 +138,10 @@ def prepared_training(
     check_class_names(parameters.init_head_weights, table, parameters.pooling)
     tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size)
     rows, row_weights = expand_windows(table, weights, counts)
-    n_classes = len(table.classes)
+    target = table.target
+    targets = target.to_training(rows.targets)
     longest = min(rounded_up_length(int(tokens.lengths.max())), text_settings.max_length)
-    planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_classes, longest)
+    planned = PlannedFit(parameters, spec, architecture.skeleton, lora, target.n_outputs, longest)
     checkpointing = ranks.call_on_first(lambda: _choose_checkpointing(planned))
 
     backbone = get_backbone(spec, verbose=bool(parameters.verbose))
@@ -159,16 +160,16 @@ def prepared_training(
     )
     ranks.check_same_inputs(
         lambda: (
-            (table.texts, table.classes.tolist(), table.targets.tolist(), weights.tolist()),
+            (table.texts, target.identity, table.targets.tolist(), weights.tolist()),
             (lora, text_settings, [getattr(settings, name) for name in SHARED_SETTINGS]),
             (backbone.fingerprint, spec.quantization, spec.double_quant, spec.compute_dtype),
             joblib.hash((start, resumed)),
         )
     )
-    with TextClassifierModel.for_training(
+    with TextModel.for_training(
         backbone,
         lora,
-        n_classes=n_classes,
+        n_outputs=target.n_outputs,
         pooling=settings.pooling,
         seed=seed,
         lora_dropout=settings.lora_dropout,
@@ -180,9 +181,9 @@ def prepared_training(
                 settings.init_head_weights,
                 model,
                 tokenizer,
-                table.classes,
+                target,
                 tokens,
-                rows.targets,
+                targets,
                 row_weights,
                 seed,
             )
@@ -191,9 +192,10 @@ def prepared_training(
             Trainer(
                 model,
                 tokens,
-                rows.targets,
+                targets,
                 settings,
                 weights=row_weights,
+                loss=target.loss,
                 prefix=prefix,
                 seed=seed,
                 resumed=resumed,
@@ -233,7 +235,7 @@ def _choose_checkpointing(planned: PlannedFit) -> bool:
 
 
 def _prefix(
-    model: TextClassifierModel, tokens: TokenizedTexts, settings: Settings
+    model: TextModel, tokens: TokenizedTexts, settings: Settings
 ) -> AbstractContextManager[CachedPrefix | None]:
     """Compute the layers before the adapted ones in advance, if that is wanted and worth it."""
     if settings.cache_dtype is None or settings.num_train_epochs == 1:

@@ -22,8 +22,9 @@ from skqlora.adapter import OptimizerState, TrainerState
 from skqlora.checkpoint.device import is_out_of_memory
 from skqlora.memory.planning import largest_pass
 from skqlora.model.flat import FlatParameters
+from skqlora.model.losses import LOSSES
 from skqlora.model.row_dropout import RowsOfUpdate
-from skqlora.model.text_classifier import TextClassifierModel
+from skqlora.model.text_model import TextModel
 from skqlora.settings.settings import Settings
 from skqlora.text.batches import TokenizedTexts, cut_by_tokens, training_batches
 from skqlora.training.distributed import Ranks
@@ -44,14 +45,16 @@ class Trainer:
 
     Parameters
     ----------
-    model : TextClassifierModel
+    model : TextModel
     tokens : TokenizedTexts
         The n_rows texts.
-    targets : ndarray of int, of shape (n_rows,) or (n_rows, n_labels)
-        The class numbers, or a multilabel indicator.
+    targets : ndarray of shape (n_rows,) or (n_rows, n_outputs)
+        What the outputs are compared with: class numbers, a multilabel indicator, or numbers.
     settings : Settings
     weights : ndarray of the shape of `targets`, optional
         The weight of each target in the loss. Each row has a target of positive weight.
+    loss : str, default="cross_entropy"
+        The name of the loss, of those in `skqlora.model.losses`.
     prefix : CachedPrefix, optional
         The prefix that is fed to the model before each pass.
     seed : int, default=0
@@ -62,12 +65,13 @@ class Trainer:
 
     def __init__(
         self,
-        model: TextClassifierModel,
+        model: TextModel,
         tokens: TokenizedTexts,
         targets: np.ndarray,
         settings: Settings,
         *,
         weights: np.ndarray | None = None,
+        loss: str = "cross_entropy",
         prefix: CachedPrefix | None = None,
         seed: int = 0,
         resumed: OptimizerState | None = None,
@@ -75,6 +79,7 @@ class Trainer:
         self.model, self.settings = model, settings
         self.tokens, self.targets, self.prefix = tokens, targets, prefix
         self.weights = np.ones(targets.shape) if weights is None else weights
+        self.loss = LOSSES[loss]
         self.device = model.backbone.spec.device
         self.ranks = Ranks.current()
         self.rng = np.random.RandomState(seed)
@@ -144,9 +149,8 @@ class Trainer:
         Returns
         -------
         loss : float
-            The mean cross-entropy, in nats, over the rows as they were trained on, weighted as the
-            training is. For multilabel targets it is the mean of the binary cross-entropies over
-            rows and labels.
+            The mean loss over the rows as they were trained on, weighted as the training is. With
+            several targets a row it is the mean over rows and targets.
 
         Raises
         ------
@@ -346,7 +350,7 @@ class Trainer:
             self.prefix.feed(rows)
         targets = torch.as_tensor(self.targets[rows], device=self.device)
         weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)
-        losses = self.model.compute_losses(inputs, targets, part)
+        losses = self.loss(self.model(**inputs, part=part), targets)
         return (weights * losses).sum()
 
     def _apply(self) -> None:

@@ -1,7 +1,7 @@
-"""The forward pass in one piece: token ids, hidden states, one vector a text, logits, losses.
+"""The forward pass in one piece: token ids, hidden states, one vector a text, outputs.
 
 This module knows nothing of texts or of how the model is trained. In the shapes below, a pass has b
-texts of t tokens, a hidden state has d features, and there are k classes.
+texts of t tokens, a hidden state has d features, and the head has k outputs.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 HEAD_INIT_STD = 0.02  # the standard deviation of a new classification head in transformers
 
 
-class TextClassifierModel(nn.Module):
+class TextModel(nn.Module):
     """A quantized base with LoRA layers, pooling and a float32 linear head.
 
     It is made by `for_training` or `for_prediction`. Both are context managers, which give the
@@ -33,7 +33,7 @@ class TextClassifierModel(nn.Module):
     replica : AdaptedReplica
     lora : LoraSettings
     pooling : {"last", "mean", "cls", "pooler"}
-    n_classes : int
+    n_outputs : int
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TextClassifierModel(nn.Module):
         replica: AdaptedReplica,
         lora: LoraSettings,
         pooling: str,
-        n_classes: int,
+        n_outputs: int,
     ):
         super().__init__()
         self.backbone = backbone
@@ -52,7 +52,7 @@ class TextClassifierModel(nn.Module):
         self.encoder = replica.module
         self.head = nn.Linear(
             backbone.hidden_size,
-            n_classes,
+            n_outputs,
             bias=pooling != "last",  # transformers' heads of decoders have none
             dtype=torch.float32,
             device="meta",  # it draws no random numbers there
@@ -69,7 +69,7 @@ class TextClassifierModel(nn.Module):
         *,
         part: RowsOfUpdate | None = None,
     ) -> torch.Tensor:
-        """Compute the logits of some texts.
+        """Compute the outputs of the head for some texts, such as the logits of their classes.
 
         Parameters
         ----------
@@ -82,7 +82,7 @@ class TextClassifierModel(nn.Module):
 
         Returns
         -------
-        logits : torch.Tensor of float32, of shape (b, k)
+        outputs : torch.Tensor of float32, of shape (b, k)
         """
         for dropout in self._dropouts:
             dropout.part = part
@@ -109,50 +109,26 @@ class TextClassifierModel(nn.Module):
                 pooled = pool(output[0], attention_mask, self.pooling)  # (b, t, d) to (b, d)
         return pooled.float()
 
-    def compute_losses(
-        self,
-        inputs: dict[str, torch.Tensor],
-        targets: torch.Tensor,
-        part: RowsOfUpdate | None = None,
-    ) -> torch.Tensor:
-        """Compute the loss of each target, in nats.
-
-        Parameters
-        ----------
-        inputs : dict of str to torch.Tensor
-            The arguments of `forward`, as `TokenizedTexts.batch` returns them.
-        targets : torch.Tensor of int64, of shape (b,) or (b, k)
-            The class numbers, or a multilabel indicator.
-        part : RowsOfUpdate, optional
-            The same as in `forward`.
-
-        Returns
-        -------
-        losses : torch.Tensor of float32, of the shape of `targets`
-        """
-        logits = self(**inputs, part=part)  # (b, k)
-        return cross_entropies(logits, targets)
-
     @classmethod
     @contextmanager
     def for_training(
         cls,
         backbone: Backbone,
         lora: LoraSettings,
-        n_classes: int,
+        n_outputs: int,
         pooling: str,
         *,
         seed: int = 0,
         lora_dropout: float = 0.0,
         start: AdapterState | None = None,
-    ) -> "Iterator[TextClassifierModel]":
+    ) -> "Iterator[TextModel]":
         """Lease a replica with an adapter and a head to be trained.
 
         Parameters
         ----------
         backbone : Backbone
         lora : LoraSettings
-        n_classes : int
+        n_outputs : int
         pooling : {"auto", "last", "mean", "cls", "pooler"}
             How hidden states become one vector a text. "auto" is "last" for a causal base and
             "mean" for any other.
@@ -164,7 +140,7 @@ class TextClassifierModel(nn.Module):
 
         Yields
         ------
-        model : TextClassifierModel
+        model : TextModel
 
         Raises
         ------
@@ -175,7 +151,7 @@ class TextClassifierModel(nn.Module):
         pooling = _resolve_pooling(pooling, backbone)
         keep_pooler = pooling == "pooler"
         with backbone.lease(lora, keep_pooler=keep_pooler) as replica:
-            model = cls(backbone, replica, lora, pooling, n_classes)
+            model = cls(backbone, replica, lora, pooling, n_outputs)
             if start is None:
                 replica.reset_parameters(lora, seed)
                 _reset_head(model.head, seed)
@@ -189,14 +165,12 @@ class TextClassifierModel(nn.Module):
 
     @classmethod
     @contextmanager
-    def for_prediction(
-        cls, backbone: Backbone, adapter: AdapterState
-    ) -> "Iterator[TextClassifierModel]":
+    def for_prediction(cls, backbone: Backbone, adapter: AdapterState) -> "Iterator[TextModel]":
         """Lease a replica that carries a fitted adapter and its head.
 
         Yields
         ------
-        model : TextClassifierModel
+        model : TextModel
 
         Raises
         ------
@@ -207,8 +181,8 @@ class TextClassifierModel(nn.Module):
         keep_pooler = adapter.pooling == "pooler"
         with backbone.lease(adapter.lora, keep_pooler=keep_pooler, holding=adapter) as replica:
             replica.load_adapter(adapter)
-            n_classes = len(adapter.head_tensors["weight"])
-            model = cls(backbone, replica, adapter.lora, adapter.pooling, n_classes)
+            n_outputs = len(adapter.head_tensors["weight"])
+            model = cls(backbone, replica, adapter.lora, adapter.pooling, n_outputs)
             model.load_head(adapter.head_tensors)
             yield model
 
@@ -220,7 +194,7 @@ class TextClassifierModel(nn.Module):
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(tensors[name]))
 
-    def train(self, mode: bool = True) -> "TextClassifierModel":
+    def train(self, mode: bool = True) -> "TextModel":
         """Turn LoRA's dropout on or off. The base itself stays in evaluation mode for good."""
         self.training = mode
         for layer in self.replica.lora_layers:
@@ -294,27 +268,6 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         raise ValueError(f"Got pooling={pooling!r}. Wanted: 'last', 'mean' or 'cls'.")
     weights = mask[..., None].float()
     return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute the cross-entropy of each target, in nats.
-
-    Parameters
-    ----------
-    logits : torch.Tensor of shape (n_rows, n_classes)
-    targets : torch.Tensor of int, of shape (n_rows,) or (n_rows, n_classes)
-        The class numbers, for a softmax over the classes; or a multilabel indicator, for a sigmoid
-        of each label.
-
-    Returns
-    -------
-    losses : torch.Tensor of the shape of `targets`
-    """
-    if targets.ndim == 1:
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
-    return nn.functional.binary_cross_entropy_with_logits(
-        logits, targets.to(logits.dtype), reduction="none"
-    )
 
 
 def _resolve_pooling(pooling: str, backbone: Backbone) -> str:

@@ -25,9 +25,9 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from skqlora.model.lora import peft_config
 from skqlora.model.lora_layer import FusedLinear4bit
-from skqlora.model.prediction import predict_logits
+from skqlora.model.prediction import predict_outputs
 from skqlora.model.row_dropout import RowDropout, RowsOfUpdate
-from skqlora.model.text_classifier import pool
+from skqlora.model.text_model import pool
 from skqlora.settings.adapter_settings import TextSettings
 
 
@@ -98,15 +98,15 @@ def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
 
 def test_fresh_model_drops_nothing_until_it_is_trained(backbone):
     dropping, plain = make_model(backbone, lora_dropout=0.5), make_model(backbone)
-    expected = predict_logits(plain, random_tokens())
-    np.testing.assert_array_equal(predict_logits(dropping, random_tokens()), expected)
+    expected = predict_outputs(plain, random_tokens())
+    np.testing.assert_array_equal(predict_outputs(dropping, random_tokens()), expected)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_base_is_never_in_training_mode(backbone, use_dora):
     lora = replace(LORA, use_dora=use_dora)
     model = make_model(backbone, lora, 3, "auto", lora_dropout=0.1).train()
-    own = {"TextClassifierModel", "RowDropout", "ModuleDict", "FusedLinear4bit"}
+    own = {"TextModel", "RowDropout", "ModuleDict", "FusedLinear4bit"}
     assert {type(m).__name__ for m in model.modules() if m.training} == own
     assert not any(layer.base_layer.training for layer in model.replica.lora_layers)
     assert not any(m.training for m in model.eval().modules())
@@ -196,10 +196,10 @@ def test_adapter_comes_back_from_its_state_and_owns_its_memory(backbone):
     for parameter in lora_parameters(model).values():
         parameter.data.normal_(std=0.1)
     state = model.adapter_state(TextSettings(32))
-    expected = predict_logits(model, random_tokens())
+    expected = predict_outputs(model, random_tokens())
     copy = pickle.loads(pickle.dumps(state))
     restored = restore_model(backbone, copy)
-    np.testing.assert_array_equal(predict_logits(restored, random_tokens()), expected)
+    np.testing.assert_array_equal(predict_outputs(restored, random_tokens()), expected)
     tensors = [*state.lora_tensors.values(), *state.head_tensors.values()]
     trained = [p.detach().numpy() for p in lora_parameters(model).values()]
     assert not any(np.shares_memory(a, b) for a in tensors for b in trained)
