@@ -24,7 +24,7 @@ Classes: {classes}.
 from skqlora import QLoRAClassifier
 
 clf = QLoRAClassifier.load("{path}")
-clf.predict({example})
+{example}
 ```
 
 The base is not part of this repository: it is loaded at the first prediction.
@@ -88,9 +88,11 @@ def _cell(value: object) -> str:
 
 
 def _example(columns: Columns | None) -> str:
-    """Return an `X` in Python."""
+    """Return a call of `predict`."""
     if columns is None or columns.number in (None, 1):
-        return '["..."]'
-    if columns.names is None:
-        return f"[{('...',) * columns.number!r}]"
-    return f"pandas.DataFrame([{dict.fromkeys(columns.names, '...')!r}])"
+        return 'clf.predict(["..."])'
+    return "clf.predict(X)  # " + (
+        f"a table with {columns.number} columns"
+        if columns.names is None
+        else f"a table with the columns {list(columns.names)}"
+    )
