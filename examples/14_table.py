@@ -29,7 +29,8 @@ table = pd.DataFrame(
 table.head()
 
 # %%
-# The same model with the text alone, and with all columns.
+# The same model with the text alone, and with all columns. With all texts the accuracies are about
+# 0.90 and 0.91; a quick run has too few of them to tell.
 
 train, test = train_test_split(table, test_size=0.4, stratify=table["area"], random_state=0)
 settings = {"num_train_epochs": 1 if QUICK else "auto", "random_state": 0}

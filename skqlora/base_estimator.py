@@ -250,7 +250,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
         ``pipeline("text-classification", model=model, tokenizer=tokenizer)`` runs them. The weights
         are those of the base, dequantized to float32, plus the adapter. They take 4 bytes each and
-        are on the CPU.
+        are on the CPU. A pair of texts goes in as ``{"text": first, "text_pair": second}``.
 
         Returns
         -------

@@ -15,11 +15,13 @@ class LossCurveDisplay:
     Parameters
     ----------
     loss_curve : list of float, of length n_epochs
-        The mean training cross-entropy of each epoch, in nats.
+        The mean training loss of each epoch.
     validation_scores : list of float, of length n_epochs, or None
         The score of each epoch on held-out texts, or NaN.
     name : str, default=None
         The name of the estimator in the legend.
+    loss : str, default="nats"
+        The kind of the loss, for the label of the axis: its unit or its name.
 
     Attributes
     ----------
@@ -42,19 +44,20 @@ class LossCurveDisplay:
     'Training loss (nats)'
     """
 
-    def __init__(self, *, loss_curve, validation_scores=None, name=None):
+    def __init__(self, *, loss_curve, validation_scores=None, name=None, loss="nats"):
         self.loss_curve = loss_curve
         self.validation_scores = validation_scores
         self.name = name
+        self.loss = loss
 
     @classmethod
     def from_estimator(cls, estimator, *, ax=None, name=None, **kwargs):
-        """Plot the curves of a fitted classifier.
+        """Plot the curves of a fitted estimator.
 
         Parameters
         ----------
-        estimator : QLoRAClassifier
-            The fitted classifier.
+        estimator : QLoRAClassifier or QLoRARegressor
+            The fitted estimator.
         ax : matplotlib.axes.Axes, default=None
             The axes to plot on, e.g. the `ax_` of another display. None makes a new figure.
         name : str, default=None
@@ -72,9 +75,9 @@ class LossCurveDisplay:
         ImportError
             If matplotlib is not installed.
         sklearn.exceptions.NotFittedError
-            If the classifier is not fitted.
+            If the estimator is not fitted.
         TypeError
-            If `estimator` is not a classifier with curves, e.g. if it is a Pipeline.
+            If `estimator` has no curves, e.g. if it is a Pipeline.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
@@ -82,12 +85,14 @@ class LossCurveDisplay:
         if "loss_curve_" not in attributes:
             raise TypeError(
                 f"Got a {type(estimator).__name__}, which has no loss_curve_. Wanted: a fitted "
-                "QLoRAClassifier. Pass the one inside, e.g. pipeline[-1] or search.best_estimator_."
+                "estimator of this package. Pass the one inside, e.g. pipeline[-1] or "
+                "search.best_estimator_."
             )
         display = cls(
             loss_curve=attributes["loss_curve_"],
             validation_scores=attributes["validation_scores_"],
             name=type(estimator).__name__ if name is None else name,
+            loss=getattr(estimator, "loss", "nats"),
         )
         return display.plot(ax=ax, **kwargs)
 
@@ -130,7 +135,7 @@ class LossCurveDisplay:
             # An empty line on the left axes puts both curves into one legend.
             ax.plot([], [], **style)
             self.score_ax_.set_ylabel("Validation score")
-        ax.set(xlabel="Epoch", ylabel="Training loss (nats)")
+        ax.set(xlabel="Epoch", ylabel=f"Training loss ({self.loss})")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         # The legend is above the axes, because falling and rising curves leave no corner free.
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

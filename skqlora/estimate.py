@@ -26,10 +26,11 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
         The number of outputs of the head: classes, labels of a multilabel table, or numbers.
     **params
         The parameters of `QLoRAClassifier` or `QLoRARegressor`, with its defaults. Pass
-        ``**clf.get_params()`` for those of an estimator. Texts count as `max_length` tokens long, and `batch_size` of them
-        share a pass. On a CPU no more than 2,048 tokens do, because that is faster, so that there
-        only a small `batch_size` matters. ``gradient_checkpointing="auto"`` counts as False here;
-        `fit` turns it on if the fit would not fit into memory otherwise.
+        ``**clf.get_params()`` for those of an estimator. Texts count as `max_length` tokens long,
+        and `batch_size` of them share a pass. On a CPU no more than 2,048 tokens do, because that
+        is faster, so that there only a small `batch_size` matters.
+        ``gradient_checkpointing="auto"`` counts as False here; `fit` turns it on if the fit would
+        not fit into memory otherwise.
 
     Returns
     -------

@@ -60,9 +60,7 @@ def make_backbone(model, **changes):
 
 def make_model(backbone, lora=LORA, n_classes=3, pooling="auto", **changes):
     """A model with a fresh adapter, on a replica that is never given back."""
-    return TextModel.for_training(
-        backbone, lora, n_classes, pooling, **changes
-    ).__enter__()
+    return TextModel.for_training(backbone, lora, n_classes, pooling, **changes).__enter__()
 
 
 def restore_model(backbone, state):

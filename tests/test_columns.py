@@ -381,6 +381,11 @@ def test_tables_without_a_prompt_are_lines(decoder, encoder, pairs, products):
     assert_equal_adapters(clf, make_classifier(decoder, num_train_epochs=1).fit(odd_lines, labels))
     clf.fit(frame.to_numpy(), labels)
     assert clf.settings_.prompt == "{0}\n{1}"
+    numbers = frame.assign(second=np.arange(48))  # a text and a number are no pair of texts
+    clf = make_classifier(encoder, num_train_epochs=1).fit(numbers, labels)
+    assert clf.settings_.prompt == "first: {0}\nsecond: {1}"
+    assert clf.settings_.as_params()["prompt"] == clf.settings_.prompt
+    assert "prompt" in str(clf.settings_)
     table, kinds = products
     clf = make_classifier(encoder, num_train_epochs=1).fit(table, kinds)
     assert clf.settings_.prompt.startswith("title: {0}\nkind: {1}\nprice: {2}\n")
@@ -560,6 +565,20 @@ AB = pd.DataFrame({"a": ["x", "y"], "b": ["u", "v"]})
         (AB, "no field", ValueError, "with a field|fields with their names"),
         (AB, "{a} {b", ValueError, "expected '}'"),
         (AB, "{a:{b}}", ValueError, "fields with their names"),
+        (
+            AB.assign(b=[1.0, np.nan]),
+            "{a}{b:.1f}",
+            TypeError,
+            "turn the column into text, with a word",
+        ),
+        (
+            AB.assign(b=[pd.Timestamp(0)] * 2),
+            "{a}{b:.2f}",
+            ValueError,
+            "is no format of a date",
+        ),
+        ([{"a": "x"}], None, TypeError, r"or pandas\.DataFrame\(X\) for all columns"),
+        ({"a": "x", "b": "y"}, None, TypeError, r"Pass pandas\.DataFrame\(\[X\]\) if it is a row"),
         (AB, "{a:.2f}{b}", ValueError, "'x' in row 0 of column 'a' of X.*cannot be formatted"),
         (AB.to_numpy(), "{a} {b}", ValueError, r"which have no names: \{0\} to \{1\}"),
         (AB["a"], "{b}", ValueError, r"a template with one \{text\}"),
@@ -594,7 +613,7 @@ def test_a_fitted_table_is_saved_and_read(encoder, pairs, prompt, tmp_path):
             other.predict(frame[["second", "first"]])
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "['first', 'second']" in card
-    assert "predict(pandas.DataFrame([{'first': '...', 'second': '...'}]))" in card
+    assert "clf.predict(X)  # a table with the columns ['first', 'second']" in card
     assert prompt is None or "| prompt |" in card
 
 

@@ -12,7 +12,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import validate_data
 
-from skqlora import QLoRAClassifier
+from skqlora import QLoRAClassifier, QLoRARegressor
 from skqlora.text.columns import Table
 from skqlora.text.feature_names import find_columns
 from skqlora.text.inputs import CheckedTexts
@@ -28,8 +28,8 @@ EXPECTED_FAILED_CHECKS = {
 }
 
 
-class TabularClassifier(QLoRAClassifier):
-    """`QLoRAClassifier` with rows of numbers as `X`, which it reads as text.
+class ReadsNumbers:
+    """Rows of numbers as `X`, which are read as text.
 
     scikit-learn has a single check for estimators of text. All code but the reading of `X` is the
     real one.
@@ -58,6 +58,14 @@ class TabularClassifier(QLoRAClassifier):
         return tags
 
 
+class TabularClassifier(ReadsNumbers, QLoRAClassifier):
+    """`QLoRAClassifier` of numbers."""
+
+
+class TabularRegressor(ReadsNumbers, QLoRARegressor):
+    """`QLoRARegressor` of numbers."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def model(tmp_path_factory):
     """Write the tiny model that the checks fit, and go to where it is."""
@@ -67,18 +75,24 @@ def model(tmp_path_factory):
         yield
 
 
-def tabular():
+def tabular(kind):
     params = make_classifier(MODEL, num_train_epochs=8, lora_dropout=0.0).get_params()
-    return TabularClassifier(**params)
+    names = kind._get_param_names()
+    return kind(**{name: value for name, value in params.items() if name in names})
 
 
 with warnings.catch_warnings():
     # Of the text estimator: "one_d_array=True", which is what the subclass is for.
     warnings.simplefilter("ignore", SkipTestWarning)
     CHECKS = parametrize_with_checks(
-        [QLoRAClassifier(), tabular()],
+        [
+            QLoRAClassifier(),
+            QLoRARegressor(),
+            tabular(TabularClassifier),
+            tabular(TabularRegressor),
+        ],
         expected_failed_checks=lambda estimator: (
-            EXPECTED_FAILED_CHECKS if isinstance(estimator, TabularClassifier) else {}
+            EXPECTED_FAILED_CHECKS if isinstance(estimator, ReadsNumbers) else {}
         ),
     )
     # Made here, where the warning is caught: in version 1.8 the checks are a generator.

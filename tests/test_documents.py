@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import tiny
 from helpers import make_classifier
+from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from skqlora import LossCurveDisplay, QLoRAClassifier, estimate_memory
@@ -46,7 +47,9 @@ def test_code_blocks_run(page, decoder, corpus, tmp_path, monkeypatch):
     texts, labels = corpus
     clf = make_classifier(decoder).fit(texts, labels)
     clf.save("tickets")
-    pd.DataFrame({"text": texts, "label": labels}).to_csv("train.csv", index=False)
+    columns = ("text", "premise", "hypothesis", "title", "category", "body")
+    table = dict.fromkeys(columns, texts) | {"label": labels, "price": 1.5}
+    pd.DataFrame(table).to_csv("train.csv", index=False)
     namespace = {
         "QLoRAClassifier": QLoRAClassifier,
         "clf": clf,
@@ -55,6 +58,7 @@ def test_code_blocks_run(page, decoder, corpus, tmp_path, monkeypatch):
         "labels": labels,
         "held_out_texts": texts,
         "held_out_labels": labels,
+        "cleaner": FunctionTransformer(feature_names_out="one-to-one"),
     }
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         # The Hub's model and a GPU are not at hand; the tiny model takes fewer tokens.

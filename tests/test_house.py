@@ -11,7 +11,7 @@ from helpers import make_classifier
 from numpydoc.validate import validate
 
 import skqlora
-from skqlora.model import text_model
+from skqlora.model import losses
 from skqlora.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,7 @@ ROOMS = [
     "display",
     "versions",
     "classifier",
+    "regressor",
     "base_estimator",
     "training",
     "persistence",
@@ -101,7 +102,7 @@ def test_the_path_of_a_fit_is_as_the_design_lists_it(encoder, corpus, monkeypatc
     listed = re.findall(r"^\d\. `([\w.]+)`", section, re.MULTILINE)
     assert 0 < len(listed) <= 8
     calls = []
-    compute = text_model.cross_entropies
+    compute = losses.LOSSES["cross_entropy"]
 
     def noting(logits, targets):
         frames = [info.frame for info in inspect.stack()[1:]]
@@ -109,7 +110,7 @@ def test_the_path_of_a_fit_is_as_the_design_lists_it(encoder, corpus, monkeypatc
         calls[:] = reversed([name for name in names if name.startswith("skqlora.")])
         return compute(logits, targets)
 
-    monkeypatch.setattr(text_model, "cross_entropies", noting)
+    monkeypatch.setitem(losses.LOSSES, "cross_entropy", noting)
     clf = make_classifier(encoder, num_train_epochs=1)
     epoch = Trainer.train_epoch
     path = []
@@ -121,7 +122,7 @@ def test_the_path_of_a_fit_is_as_the_design_lists_it(encoder, corpus, monkeypatc
 
     monkeypatch.setattr(Trainer, "train_epoch", stopping_after)
     clf.fit(*corpus)
-    path.append("skqlora.model.text_model.cross_entropies")
+    path.append("skqlora.model.losses.cross_entropies")
     assert [name.removeprefix("skqlora.") for name in path] == listed
 
 

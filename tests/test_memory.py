@@ -30,7 +30,7 @@ def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
     skeleton = check_architecture(
         spec.model, None, quantized=False, attn_implementation=spec.attn_implementation
     ).skeleton
-    settings = {"optim": "adamw", "n_classes": 3} | changes
+    settings = {"optim": "adamw", "n_outputs": 3} | changes
     return estimate_training(
         skeleton, backbone.spec, lora, n_texts=n_texts, n_tokens=n_tokens, **settings
     )
@@ -180,7 +180,7 @@ def test_estimate_refuses_what_a_fit_would():
         estimate_memory("somewhere", batch_size=0)
     with pytest.raises(ValueError, match="could not be read"):
         estimate_memory("nobody/nothing")
-    with pytest.raises(ValueError, match="n_classes == 1, must be >= 2"):
+    with pytest.raises(ValueError, match="n_classes == 0, must be >= 1"):
         estimate_memory("somewhere", n_classes=0)
     with pytest.raises(TypeError, match="ranks"):
         estimate_memory("somewhere", ranks=4)

@@ -98,7 +98,7 @@ def test_how_texts_are_read_is_kept_with_the_adapter(encoder, late_corpus, tmp_p
     settings = {"truncation": "windows", "stride": 1, "prompt": "the {text} is"}
     clf = make_classifier(encoder, **SHORT, **settings).fit(texts, labels)
     expected = clf.predict_proba(texts)
-    assert clf.adapter_.text_settings == TextSettings(12, **settings, token_type_ids=True)
+    assert clf.adapter_.text_settings == TextSettings(12, **settings)
     clf.save(tmp_path / "saved")
     joblib.dump(clf, tmp_path / "dumped")
     others = [QLoRAClassifier.load(tmp_path / "saved"), joblib.load(tmp_path / "dumped")]

@@ -211,9 +211,7 @@ def run_ours(size, options, device):
     )
     dropout = LORA["lora_dropout"]
     with (
-        TextModel.for_training(
-            backbone, lora, N_CLASSES, "last", lora_dropout=dropout
-        ) as model,
+        TextModel.for_training(backbone, lora, N_CLASSES, "last", lora_dropout=dropout) as model,
         Trainer(
             model, TokenizedTexts(rows, 0), np.arange(len(rows)) % N_CLASSES, settings
         ) as trainer,

@@ -149,8 +149,8 @@ def _warn_of_what_is_not_kept(text_settings: TextSettings, kept: tuple[str, ...]
         lost.append(f"truncation={text_settings.truncation!r}")
     if lost:
         warnings.warn(
-            f"{' and '.join(lost)} cannot be written to this format. Do the same to the texts "
-            "before you give them to its model, or use `save`, which keeps all.",
+            f"{' and '.join(lost)} cannot be written to this format. Put each text into the prompt "
+            "and cut it yourself before you give it to the model, or use `save`, which keeps all.",
             UserWarning,
             stacklevel=2,
         )

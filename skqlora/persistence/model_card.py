@@ -25,7 +25,7 @@ TEMPLATE = """\
 from skqlora import {estimator}
 
 {name} = {estimator}.load("{path}")
-{name}.predict({example})
+{name}.predict({example}
 ```
 
 The base is not part of this repository: it is loaded at the first prediction.
@@ -108,9 +108,9 @@ def _cell(value: object) -> str:
 
 
 def _example(columns: Columns | None) -> str:
-    """Return an `X` in Python."""
+    """Return how a call of `predict` goes on after its bracket."""
     if columns is None or columns.number in (None, 1):
-        return '["..."]'
+        return '["..."])'
     if columns.names is None:
-        return f"[{('...',) * columns.number!r}]"
-    return f"pandas.DataFrame([{dict.fromkeys(columns.names, '...')!r}])"
+        return f"X)  # a table with {columns.number} columns"
+    return f"X)  # a table with the columns {list(columns.names)}"

@@ -402,7 +402,11 @@ def _settings_from_json(saved: Any) -> Settings | None:
     hash(settings)  # raises where a list is within a list
     numbers = [value for value in values.values() if isinstance(value, float)]
     still_open = [name for name in SETTLED if values[name] == "auto"]
-    if still_open or not all(map(math.isfinite, numbers)) or set(settings.chosen) - set(SETTLED):
+    if (
+        still_open
+        or not all(map(math.isfinite, numbers))
+        or set(settings.chosen) - {*SETTLED, "prompt"}
+    ):
         raise ValueError("its settings are not those of a fit")
     return settings
 

@@ -54,7 +54,8 @@ class Settings(Parameters):
         Whether this was a call of `partial_fit`, which trains one epoch of an unknown number, so
         that the rates are constant after a warm-up.
     chosen : tuple of str
-        The names of the parameters that were "auto".
+        The names of the parameters that were "auto", and "prompt" if the columns made one
+        necessary.
     """
 
     max_length: int
@@ -104,6 +105,8 @@ class Settings(Parameters):
             if self.incremental and name == "num_train_epochs":
                 by = "one epoch at each partial_fit"
             rows.append((name, shown, by))
+        if "prompt" in self.chosen:
+            rows.append(("prompt", repr(self.prompt), "chosen for the columns"))
         if self.incremental:
             by = "the rates do not decay in partial_fit"
             rows.append(("lr_scheduler_type", self.lr_scheduler_type, by))
@@ -156,6 +159,8 @@ def resolve_settings(
     if isinstance(head_rate, str):
         head_rate = auto_head_learning_rate(rate, parameters.init_head_weights)
     chosen = tuple(name for name in SETTLED if getattr(parameters, name) == "auto")
+    if prompt != parameters.prompt:
+        chosen = (*chosen, "prompt")
     if incremental:  # which is no choice by "auto"
         chosen = tuple(name for name in chosen if name != "num_train_epochs")
     schedule, head = parameters.lr_scheduler_type, parameters.init_head_weights

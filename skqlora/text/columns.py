@@ -157,7 +157,8 @@ def check_column(cells: list[Any], name: str = "X") -> list[str]:
         if not isinstance(text, str):
             remedy = "Turn it into text."
             if isinstance(text, dict):  # a row of a table, such as `datasets.Dataset`
-                remedy = f"Pass a column, such as {name}[{next(iter(text), 'text')!r}]."
+                column = f"a column, such as {name}[{next(iter(text), 'text')!r}]"
+                remedy = f"Pass {column}, or pandas.DataFrame({name}) for all columns."
             if isinstance(text, (list, tuple)):
                 remedy = "Pass a table with a column for each of its entries."
             if is_missing(text):
@@ -263,7 +264,8 @@ def check_fields(table: Table, prompt: str | None) -> None:
     if unused:
         warnings.warn(
             f"The prompt has no field for {', '.join(unused)} of X, so the model does not see "
-            "them. Leave them out of X, or add them to the prompt.",
+            "them, although `predict` will need them in X. Leave them out, or add them to the "
+            "prompt.",
             UserWarning,
             stacklevel=2,
         )
@@ -275,8 +277,12 @@ def _check_sequence(X: Any, name: str) -> None:
         raise TypeError(
             f"Got {name} as a single {type(X).__name__}. {wanted} Pass [text] for one text."
         )
+    if isinstance(X, dict):
+        raise TypeError(
+            f"Got {name} of type dict. {wanted} Pass pandas.DataFrame([{name}]) if it is a row."
+        )
     column_like = hasattr(X, "__len__") and hasattr(X, "__getitem__")
-    if not column_like or isinstance(X, dict) or scipy.sparse.issparse(X):
+    if not column_like or scipy.sparse.issparse(X):
         raise TypeError(
             f"Got {name} of type {type(X).__name__}. {wanted} Pass list({name}) if it holds texts."
         )
@@ -331,7 +337,8 @@ def _find(
     if names is not None and field.key in names:
         return names.index(field.key)
     if names is not None:
-        wanted = f"the names of its columns, {', '.join(f'{{{each}}}' for each in names[:10])}"
+        wanted = f"the names of its columns, {', '.join(f'{{{each}}}' for each in names[:10])}, "
+        wanted += f"or their positions, {{0}} to {{{n_columns - 1}}}"
         if field.key == "text":
             wanted += "; {text} is for a single column"
     elif n_columns == 1:
@@ -342,6 +349,12 @@ def _find(
         f"Got prompt={prompt!r} with the field {{{field.key}}}, which is no column of {name}. "
         f"Wanted: {wanted}."
     )
+
+
+def _check_date_format(field: Field) -> None:
+    """Refuse a format for numbers, which would print the same for each date."""
+    if field.spec and "%" not in field.spec:
+        raise ValueError(f"{field.spec!r} is no format of a date or a time, such as '%Y-%m-%d'")
 
 
 def _is_row(value: Any) -> bool:
@@ -357,9 +370,12 @@ def _as_text(cells: list[Any], field: Field, where: str) -> list[str]:
             texts.append(well_formed(cell, f"row {row} in {where}"))
             continue
         if is_missing(cell):
+            remedy = "fill it with '' (pandas: fillna, polars: fill_null)"
+            if field.spec or not any(isinstance(other, str) for other in cells):
+                remedy = "turn the column into text, with a word such as 'unknown' in this place"
             raise TypeError(
                 f"Got {cell!r} in row {row} of {where}. Wanted: a value in every row. Drop the "
-                "row, or fill it with '' (pandas: fillna, polars: fill_null)."
+                f"row, or {remedy}."
             )
         if not isinstance(cell, PRINTABLE):
             raise TypeError(
@@ -370,6 +386,8 @@ def _as_text(cells: list[Any], field: Field, where: str) -> list[str]:
         if isinstance(cell, np.datetime64) and not plain:  # it knows no formats
             value = cell.astype("datetime64[us]").item()
         try:
+            if isinstance(value, (datetime.date, datetime.time)) and not plain:
+                _check_date_format(field)
             texts.append(well_formed(field.format(value), f"row {row} in {where}"))
         except (ValueError, TypeError) as error:
             raise ValueError(

@@ -124,7 +124,8 @@ def _windows(
         raise ValueError(
             f"Got truncation='windows' and the row {short(row)}, in which {whole} takes all of "
             f"max_length={settings.max_length} tokens. Wanted: room for the part that is cut into "
-            "windows. Shorten the row, or fit with a greater max_length or another truncation."
+            "windows. Shorten the row, or fit with the longer text in the second column, with a "
+            "greater max_length or with another truncation."
         )
     step = max(room - settings.stride, -(-room // 2))
     windows = []

@@ -97,7 +97,8 @@ def check_columns(
         if known_number > 1:
             raise ValueError(
                 f"Got {name} with one text a row, but {type(estimator).__name__} was fitted with "
-                f"{known_number} columns. Wanted: a table with these columns, in their order."
+                f"{known_number} columns. Wanted: a table with these columns, in their order, "
+                "even for one row: X.iloc[[0]], or pandas.DataFrame([row])."
             )
         return known
     if known is not None or len(table.cells) > 1:

@@ -29,11 +29,14 @@ class CheckedTexts:
         The same for a scorer: the texts, or the rows of the table.
     columns : Columns or None
         What is remembered of the columns; None if these are just texts.
+    all_text : bool
+        Whether there is text in each column.
     """
 
     texts: Sequence[str] | Sequence[tuple[str, ...]]
     rows: Sequence[Any]
     columns: Columns | None
+    all_text: bool = True
 
     @classmethod
     def of(
@@ -64,7 +67,8 @@ class CheckedTexts:
             return cls(texts, texts, columns)
         names = table.names if columns is None else columns.names
         parts = texts_of(table, names, prompt, name)
-        return cls(parts, rows_of(table, columns), columns)
+        all_text = all(any(isinstance(cell, str) for cell in column) for column in table.cells)
+        return cls(parts, rows_of(table, columns), columns, all_text)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,7 +78,7 @@ class CheckedTexts:
         rows: Sequence[Any] = [self.rows[number] for number in numbers]
         if isinstance(self.rows, Rows):
             rows = Rows(rows, self.rows.remembered)
-        return CheckedTexts([self.texts[number] for number in numbers], rows, self.columns)
+        return replace(self, texts=[self.texts[number] for number in numbers], rows=rows)
 
 
 @dataclass(frozen=True)

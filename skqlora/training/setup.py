@@ -210,7 +210,7 @@ def _resolve_prompt(prompt: str | None, table: LabelledTexts, *, pairs: bool) ->
     first, columns = table.texts[0], table.inputs.columns
     if prompt is not None or isinstance(first, str):
         return prompt
-    if len(first) == 2 and pairs:
+    if len(first) == 2 and pairs and table.inputs.all_text:
         return None
     return prompt_of_lines(None if columns is None else columns.names, len(first))
 
