@@ -108,6 +108,7 @@ def test_docstrings_do_not_name_their_function():
         ("11_explain", "Predicted: "),
         ("13_pairs", "both texts at once    0."),
         ("14_table", "all columns     accuracy 0."),
+        ("15_regression", "R² on the test pairs: "),
     ],
 )
 def test_gallery(name, printed):
@@ -294,6 +295,32 @@ def test_benchmark_of_methods_resumes(encoder, tables):
         "### Over all",
     ]
     assert len(output.read_text().splitlines()) == 11
+
+
+@pytest.mark.slow
+def test_benchmarks_of_pairs(model, tables):
+    texts, labels = tiny.corpus()
+    (tables / "sick").mkdir()
+    rows = [
+        (text, texts[-1 - i], label, len(label))
+        for i, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    names = "sentence_a", "sentence_b", "label", "relatedness"
+    for part in ("train", "test"):
+        pd.DataFrame(rows, columns=names).to_csv(tables / "sick" / f"{part}.csv", index=False)
+    options = ["--data", tables, "--model", model, "--seeds", "0"]
+    few = ["TF-IDF + LR", "frozen + LR", "full fine-tuning", "QLoRA NF4 + DQ"]
+    output = tables / "methods.jsonl"
+    run_benchmark(
+        "bench_methods.py", *options, "--output", output, "--tasks", "sick", "--methods", *few
+    )
+    assert len(output.read_text().splitlines()) == 4
+    printed = run_benchmark("bench_regression.py", *options, "--output", tables / "numbers.jsonl")
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
+        "TF-IDF + ridge",
+        "frozen + ridge",
+        "QLoRARegressor",
+    ]
 
 
 def test_ranks_and_differences_of_methods(monkeypatch, capsys):
