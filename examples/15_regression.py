@@ -7,6 +7,8 @@ descriptions of two functions or classes of SciPy and scikit-learn, and is to sa
 parameters are: the share of names that both have, of those that one of them has.
 """
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -23,9 +25,10 @@ by_area = {}
 for each in load_documented():
     if each.parameters:
         by_area.setdefault(each.area, []).append(each)
+pairs = [pair for area in by_area.values() for pair in combinations(area, 2)]
 rows = []
-for _ in range(60 if QUICK else 1500):
-    first, second = rng.choice(by_area[rng.choice(list(by_area))], 2, replace=False)
+for number in rng.choice(len(pairs), 60 if QUICK else 1500, replace=False):
+    first, second = pairs[number]
     names = set(first.parameters), set(second.parameters)
     rows.append((first.text, second.text, len(names[0] & names[1]) / len(names[0] | names[1])))
 table = pd.DataFrame(rows, columns=["first", "second", "similarity"])

@@ -62,7 +62,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     process, which loads it at the first `fit` or `predict`.
     """
 
-    _target: ClassVar[type]  # what the estimator predicts
+    _target: ClassVar[type[Target]]  # what the estimator predicts
 
     _doc_link_module = "skqlora"
     _doc_link_template = DOC_LINK
@@ -235,7 +235,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         config = read_peft_config(path)
         estimator = cls(**peft_parameters(config) | parameters)
         estimator._validate_params()
-        target = partial(estimator._name_outputs, classes=classes, multilabel=multilabel)
+        target = partial(cls._target.of_outputs, labels=classes, multilabel=multilabel)
         fitted = read_peft(path, config, read_parameters(estimator), target)
         found = {
             "target_modules": list(fitted.adapter.lora.target_modules),
@@ -276,7 +276,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         """Write the model of `to_transformers` and its tokenizer to a folder.
 
         The adapter is never merged into the 16-bit weights, because it was not trained on them, and
-        the result is not quantized again.
+        the result is not quantized again. A regressor's numbers are in the units of `y`; of a
+        decoder without the mean of `y`, which a warning tells.
 
         Parameters
         ----------
@@ -300,13 +301,6 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
         with written_folder(path, last="config.json") as folder:
             write_merged(read_parameters(self), fitted, folder, dtype)
-
-    @classmethod
-    def _name_outputs(
-        cls, n_outputs: int, classes: Any, multilabel: bool
-    ) -> tuple[Target, np.ndarray]:
-        """Tell what the outputs of a head are that was trained elsewhere, and their order."""
-        raise NotImplementedError
 
     def _compute_outputs(self, X: Any) -> tuple[Fitted, np.ndarray]:
         """Return the fit, and its outputs of shape (n_texts, n_outputs)."""

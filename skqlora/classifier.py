@@ -489,10 +489,6 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         fitted, logits = self._compute_outputs(X)
         return fitted.target, logits
 
-    @classmethod
-    def _name_outputs(cls, n_outputs: int, classes: Any, multilabel: bool) -> Any:
-        return Classes.of_outputs(n_outputs, classes, multilabel=multilabel)
-
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that `y` may be multilabel."""
         tags = super().__sklearn_tags__()

@@ -20,8 +20,8 @@ class LossCurveDisplay:
         The score of each epoch on held-out texts, or NaN.
     name : str, default=None
         The name of the estimator in the legend.
-    loss : str, default="nats"
-        The kind of the loss, for the label of the axis: its unit or its name.
+    loss : str, default=None
+        The unit of the loss or its kind, for the label of the axis. None is "nats".
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class LossCurveDisplay:
     'Training loss (nats)'
     """
 
-    def __init__(self, *, loss_curve, validation_scores=None, name=None, loss="nats"):
+    def __init__(self, *, loss_curve, validation_scores=None, name=None, loss=None):
         self.loss_curve = loss_curve
         self.validation_scores = validation_scores
         self.name = name
@@ -88,11 +88,12 @@ class LossCurveDisplay:
                 "estimator of this package. Pass the one inside, e.g. pipeline[-1] or "
                 "search.best_estimator_."
             )
+        target = attributes.get("_target_")
         display = cls(
             loss_curve=attributes["loss_curve_"],
             validation_scores=attributes["validation_scores_"],
             name=type(estimator).__name__ if name is None else name,
-            loss=getattr(estimator, "loss", "nats"),
+            loss=None if target is None else target.unit,
         )
         return display.plot(ax=ax, **kwargs)
 
@@ -135,7 +136,7 @@ class LossCurveDisplay:
             # An empty line on the left axes puts both curves into one legend.
             ax.plot([], [], **style)
             self.score_ax_.set_ylabel("Validation score")
-        ax.set(xlabel="Epoch", ylabel=f"Training loss ({self.loss})")
+        ax.set(xlabel="Epoch", ylabel=f"Training loss ({self.loss or 'nats'})")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         # The legend is above the axes, because falling and rising curves leave no corner free.
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)

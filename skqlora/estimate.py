@@ -70,8 +70,9 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     workspace                            78.7 MB
     total                             5,230.1 MB
     """
-    check_scalar(n_classes, "n_classes", Integral, min_val=1)
-    clf = (QLoRARegressor if "loss" in params else QLoRAClassifier)(model, **params)
+    kind = QLoRARegressor if "loss" in params else QLoRAClassifier
+    check_scalar(n_classes, "n_classes", Integral, min_val=1 if kind is QLoRARegressor else 2)
+    clf = kind(model, **params)
     clf._validate_params()
     import_libraries()
     from skqlora.memory.planning import estimate_fit

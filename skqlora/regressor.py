@@ -102,7 +102,8 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         about a third more time. "auto" does it if the fit would not fit into memory otherwise,
         which `skqlora.estimate_memory` computes.
     learning_rate : float or "auto", default="auto"
-        The peak learning rate of LoRA. "auto" depends on the width of the model: see Notes.
+        The peak learning rate of LoRA. "auto" depends on the width of the model, as in
+        `QLoRAClassifier`.
     head_learning_rate : float or "auto", default="auto"
         The peak learning rate of the head. "auto" is ten times LoRA's.
     weight_decay : float, default=0.0
@@ -330,7 +331,8 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         self._validate_params()
         start = self._get_fitted() if self.warm_start and hasattr(self, "adapter_") else None
         inputs = self._check_texts(X, start)
-        table = check_numbered_texts(inputs, y, sample_weight, loss=self.loss)
+        earlier = None if start is None else start.target
+        table = check_numbered_texts(inputs, y, sample_weight, loss=self.loss, earlier=earlier)
         held_out = self._check_validation(table, X_val, y_val, sample_weight_val)
         return self._fit_table(table, held_out, start)
 
@@ -364,7 +366,8 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         check_incremental(self)
         start = self._get_fitted() if hasattr(self, "adapter_") else None
         inputs = self._check_texts(X, start)
-        table = check_numbered_texts(inputs, y, sample_weight, loss=self.loss)
+        earlier = None if start is None else start.target
+        table = check_numbered_texts(inputs, y, sample_weight, loss=self.loss, earlier=earlier)
         self._set_fitted(fit_piece(self, table, start))
         return self
 
@@ -393,10 +396,6 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         fitted, outputs = self._compute_outputs(X)
         assert isinstance(fitted.target, Numbers)
         return fitted.target.from_outputs(outputs)
-
-    @classmethod
-    def _name_outputs(cls, n_outputs: int, classes: Any, multilabel: bool) -> Any:
-        return Numbers.of_outputs(n_outputs, classes, multilabel=multilabel)
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that `y` may have several columns."""

@@ -63,7 +63,10 @@ class TabularClassifier(ReadsNumbers, QLoRAClassifier):
 
 
 class TabularRegressor(ReadsNumbers, QLoRARegressor):
-    """`QLoRARegressor` of numbers, whose digits say little to a tiny random model."""
+    """`QLoRARegressor` of numbers, whose digits say little to a tiny random model.
+
+    That numbers are learned is in test_regressor.py.
+    """
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

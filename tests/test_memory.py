@@ -180,8 +180,8 @@ def test_estimate_refuses_what_a_fit_would():
         estimate_memory("somewhere", batch_size=0)
     with pytest.raises(ValueError, match="could not be read"):
         estimate_memory("nobody/nothing")
-    with pytest.raises(ValueError, match="n_classes == 0, must be >= 1"):
-        estimate_memory("somewhere", n_classes=0)
+    with pytest.raises(ValueError, match="n_classes == 1, must be >= 2"):
+        estimate_memory("somewhere", n_classes=1)
     with pytest.raises(TypeError, match="ranks"):
         estimate_memory("somewhere", ranks=4)
 

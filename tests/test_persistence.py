@@ -317,7 +317,7 @@ def test_a_swapped_file_is_refused(encoder, copied, corpus, tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=4), "format_version is 4.*upgrade skqlora"),
+        (lambda m: m.update(format_version=5), "format_version is 5.*upgrade skqlora"),
         (lambda m: m.pop("format_version"), "no 'format_version' of type int"),
         (lambda m: m["classes"].update(dtype="V8"), "labels are of"),
         (lambda m: m["classes"]["values"].reverse(), "not sorted"),

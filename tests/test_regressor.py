@@ -65,7 +65,9 @@ def test_several_numbers_of_a_text(encoder, texts, y):
     assert make_regressor(encoder, num_train_epochs=1).fit(texts, list(y)).predict(texts).ndim == 1
 
 
-@pytest.mark.parametrize(("factor", "offset"), [(1e6, 1e9), (3.0, -5.0), (1e-12, 0.0)])
+@pytest.mark.parametrize(
+    ("factor", "offset"), [(1e6, 1e9), (3.0, -5.0), (1e-170, 0.0), (1e160, 0.0)]
+)
 def test_the_units_of_y_change_only_the_units(reg, texts, y, factor, offset):
     expected = reg.fit(texts, y).predict(texts)
     found = reg.fit(texts, factor * y + offset).predict(texts)
@@ -196,8 +198,47 @@ def test_pieces_keep_the_units_of_the_first(encoder, texts, y):
     assert reg.n_samples_seen_ == 48
     with pytest.raises(ValueError, match="early_stopping=True"):
         reg.set_params(early_stopping=True).partial_fit(texts, y)
-    with pytest.raises(ValueError, match=r"Got y with 2 number\(s\).*has 1"):
+    with pytest.raises(ValueError, match=r"Got y with 2 column\(s\).*has one dimension"):
         reg.set_params(early_stopping=False).partial_fit(texts, np.column_stack([y, y]))
+
+
+def test_a_piece_of_equal_numbers_has_no_units(encoder, texts, y):
+    reg = make_regressor(encoder)
+    with pytest.warns(UserWarning, match="All numbers in y are the same"):
+        reg.partial_fit(texts[:1], y[:1])
+    assert reg.predict(texts[:2]).tolist() == [y[0]] * 2
+    for _ in range(12):
+        reg.partial_fit(texts, y)
+    assert reg.score(texts, y) > 0.3
+    scale = reg.target_scale_
+    reg.partial_fit(texts[:1], y[:1])  # without a warning, which would be an error here
+    np.testing.assert_array_equal(reg.target_scale_, scale)
+
+
+def test_a_column_of_equal_numbers_does_not_count(encoder, texts, y):
+    both = np.column_stack([y, np.full(48, 7.0)])
+    held_out = np.column_stack([y, np.full(48, 1e4)])
+    reg = make_regressor(encoder, early_stopping=True, scoring="loss", num_train_epochs=2)
+    with pytest.warns(UserWarning, match="1 column"):
+        reg.fit(texts, both, X_val=texts, y_val=held_out)
+    errors = (reg.predict(texts)[:, 0] - y) / reg.target_scale_[0]
+    assert reg.best_validation_score_ == pytest.approx(-np.mean(errors**2))
+
+
+@pytest.mark.parametrize(("factor", "offset"), [(1e50, 0.0), (1e-50, 0.0), (1e6, 1e12)])
+def test_units_that_float32_cannot_hold_are_not_exported(encoder, texts, y, factor, offset):
+    reg = make_regressor(encoder, pooling="pooler", num_train_epochs=1)
+    reg.fit(texts, factor * y + offset)
+    assert np.std(reg.predict(texts)) > 0
+    with pytest.raises(ValueError, match="which the float32 of this format cannot tell apart"):
+        reg.to_transformers()
+
+
+def test_equal_weights_change_nothing(reg, texts, y):
+    expected = reg.fit(texts, y).predict(texts)
+    for weight in (1e300, 1e-300):
+        found = reg.fit(texts, y, sample_weight=np.full(48, weight)).predict(texts)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_a_warm_start_continues(encoder, texts, y):
@@ -263,7 +304,12 @@ def test_tables_have_numbers_too(encoder, texts, y):
         ([None] + [1.0] * 47, r"y\[0\] = None, a missing number"),
         (np.zeros((48, 1, 1)), r"shape \(48, 1, 1\)"),
         (np.zeros((48, 0)), r"shape \(48, 0\)"),
-        ([1e308, -1e308] * 24, "whose spread is not finite"),
+        ([1.5e308, -1.5e308] * 24, "whose spread is not finite"),
+        ([10**400] * 48, "a number beyond float64"),
+        ([[1, 2], [3]] * 24, "no array of numbers"),
+        ([1j] * 48, "no array of numbers"),
+        (np.ma.masked_equal(np.arange(48), 3), "masked entries"),
+        (np.arange(48).astype("m8[ns]"), "of type timedelta64"),
         (pd.Series([1, 2, None] * 16, dtype="Int64"), r"y\[2\] = (<NA>|nan), a missing number"),
         (np.array(["2026-01-01"] * 48, "M8[D]"), "of type"),
     ],
@@ -319,6 +365,6 @@ def test_memory_and_curves(encoder, reg, texts, y):
     pytest.importorskip("matplotlib").use("Agg")
     reg.fit(texts, y)
     display = LossCurveDisplay.from_estimator(reg)
-    assert display.ax_.get_ylabel() == "Training loss (squared_error)"
+    assert display.ax_.get_ylabel() == "Training loss (squared error)"
     estimate = estimate_memory(**reg.get_params(), n_classes=1)
     assert estimate.total > 0

@@ -50,7 +50,7 @@ from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import resolve_text_settings
 from skqlora.text.columns import Columns
-from skqlora.text.targets import Classes, Target
+from skqlora.text.targets import Classes, Numbers, Target
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
 # The entries of an adapter's configuration that are read here or do not affect its result.
@@ -124,12 +124,30 @@ def _in_units(fitted: Fitted) -> AdapterState:
     elif target.mean.any():
         warnings.warn(
             "Transformers' heads of decoders have no bias, so the mean of y cannot be written to "
-            f"this format. Add {target.mean.tolist()} to what its model predicts.",
+            f"this format. Add {target.mean.tolist()} to what its model predicts, or use `save`.",
             UserWarning,
             stacklevel=2,
         )
-    head = {name: value.astype(np.float32) for name, value in head.items()}
+    with np.errstate(over="ignore"):
+        head = {name: value.astype(np.float32) for name, value in head.items()}
+    _check_units(target, head)
     return replace(adapter, head_tensors=head)
+
+
+def _check_units(target: Numbers, head: dict[str, np.ndarray]) -> None:
+    """Refuse units that float32 cannot hold: too large, too small, or far from zero."""
+    spread, single = target.scale[target.scale > 0], np.finfo(np.float32)
+    finite = all(np.isfinite(value).all() for value in head.values())
+    far = (
+        "bias" in head
+        and (target.scale < 1e4 * single.eps * np.abs(target.mean))[target.scale > 0].any()
+    )
+    if not finite or far or (len(spread) and spread.min() < single.tiny / single.eps):
+        raise ValueError(
+            f"Got y with the mean {target.mean.tolist()} and the standard deviation "
+            f"{target.scale.tolist()}, which the float32 of this format cannot tell apart. Wanted: "
+            "units in which they are of one order, or `save`, which keeps them apart."
+        )
 
 
 def _checked_base(parameters: Parameters, adapter: AdapterState) -> Backbone:

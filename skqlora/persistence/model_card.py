@@ -7,7 +7,7 @@ from skqlora.settings.parameters import Parameters
 from skqlora.text.columns import Columns
 from skqlora.text.targets import Numbers, Target
 
-MAX_CLASSES = 50  # the greatest number of classes that the page names
+MAX_CLASSES = 50  # the greatest number of classes, or of numbers, that the page names
 TEMPLATE = """\
 ---
 {header}
@@ -83,7 +83,10 @@ def _words_of(target: Target) -> dict[str, str]:
     """Return what the page says of the estimator and what it predicts."""
     if isinstance(target, Numbers):
         each = zip(target.mean.tolist(), target.scale.tolist(), strict=True)
-        spread = ", ".join(f"{mean:.4g} ± {scale:.4g}" for mean, scale in each)
+        shown = [f"{mean:.4g} ± {scale:.4g}" for mean, scale in each]
+        if len(shown) > MAX_CLASSES:
+            shown[MAX_CLASSES:] = [f"and {len(shown) - MAX_CLASSES} more"]
+        spread = ", ".join(shown)
         return {
             "title": f"Text regressor: {target.n_outputs} number(s)",
             "predicts": f"Mean and standard deviation of what it was trained on: {spread}",

@@ -30,7 +30,8 @@ from skqlora.settings.template import check_prompt
 from skqlora.text.columns import Columns
 from skqlora.text.targets import REGRESSION_LOSSES, Classes, Numbers, Target
 
-FORMAT_VERSION = 3  # 3 has columns; 2 another fingerprint of the base than 1, and weight_scale
+# 4 has numbers; 3 columns; 2 another fingerprint of the base than 1, and weight_scale.
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def write_classifier(
     if optimizer is not None:
         (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(optimizer_arrays(optimizer)))
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if isinstance(fitted.target, Numbers) else 3,
         "skqlora_version": version,
         "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
         "columns": None if fitted.columns is None else asdict(fitted.columns),
@@ -319,7 +320,10 @@ def _target_from_json(manifest: dict[str, Any]) -> Target:
         classes = _classes_from_json(typed(manifest, "classes", dict))
         return Classes(classes, typed(manifest, "multilabel", bool))
     numbers = typed(manifest, "numbers", dict)
-    mean, scale = (np.array(typed(numbers, name, list), np.float64) for name in ("mean", "scale"))
+    lists = [typed(numbers, name, list) for name in ("mean", "scale")]
+    if not all(type(value) in (int, float) for values in lists for value in values):
+        raise ValueError("the numbers are not those of a fit")
+    mean, scale = (np.array(values, np.float64) for values in lists)
     target = Numbers(
         mean, scale, typed(numbers, "one_dimensional", bool), typed(numbers, "loss", str)
     )

@@ -3,6 +3,7 @@
 This module knows nothing about models: bad input is reported before a model is loaded.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,7 +161,7 @@ def check_numbered_texts(
     sample_weight: Any = None,
     *,
     loss: str,
-    suffix: str = "",
+    earlier: Target | None = None,
 ) -> LabelledTexts:
     """Combine checked texts with a user's numbers and weights; leave out rows of weight zero.
 
@@ -171,18 +172,23 @@ def check_numbered_texts(
     y : array-like of shape (n_texts,) or (n_texts, n_outputs)
     sample_weight : array-like of shape (n_texts,) or float, optional
     loss : {"squared_error", "absolute_error", "huber"}
-    suffix : str, default=""
-        The suffix of the user's names for texts, numbers and weights.
+    earlier : Numbers, optional
+        What an earlier fit, which this one continues, predicts.
 
     Raises
     ------
     ValueError
         If numbers or weights are invalid, or if there is not one for each text.
     """
-    numbers = check_numbers(y, len(inputs), f"y{suffix}")
-    unknown = Numbers(np.zeros(1), np.ones(1), one_dimensional=numbers.ndim == 1, loss=loss)
-    table = _weighted(inputs, unknown, numbers, sample_weight, suffix)
-    return replace(table, target=Numbers.of(table.targets, table.sample_weight, loss))
+    numbers = check_numbers(y, len(inputs))
+    weights = check_sample_weight(sample_weight, len(inputs))
+    kept = slice(None) if weights is None else weights > 0
+    counted = None if weights is None else weights[kept] / weights.max()
+    with warnings.catch_warnings():
+        if earlier is not None:  # a piece may hold the same number everywhere
+            warnings.simplefilter("ignore", UserWarning)
+        target = Numbers.of(numbers[kept], counted, loss)
+    return _weighted(inputs, target, numbers, sample_weight, "")
 
 
 def _weighted(
@@ -245,8 +251,8 @@ def check_validation(
         numbers = check_numbers(y_val, len(inputs), "y_val")
         if numbers.shape[1:] != (() if target.one_dimensional else (target.n_outputs,)):
             raise ValueError(
-                f"Got y_val of shape {numbers.shape}, but y has {target.n_outputs} number(s) for "
-                "each text. Wanted: as many, in an array of as many dimensions."
+                f"Got y_val of shape {numbers.shape}, but y has {target.describe()}. Wanted: both "
+                "of one shape."
             )
         return _weighted(inputs, target, numbers, sample_weight_val, "_val")
     table = check_labelled_texts(inputs, y_val, sample_weight_val, target.values, suffix="_val")

@@ -41,6 +41,11 @@ class Classes:
         return "binary_cross_entropy" if self.multilabel else "cross_entropy"
 
     @property
+    def unit(self) -> str:
+        """The unit of the loss."""
+        return "nats"
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """The fitted attributes that tell of it."""
         return {"classes_": self.values, "multilabel_": self.multilabel}
@@ -173,18 +178,19 @@ class Numbers:
             If all numbers are the same.
         """
         columns = y.reshape(len(y), -1)
+        constant = columns.min(axis=0) == columns.max(axis=0)
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = np.average(columns, axis=0, weights=weights)
-            scale = np.sqrt(np.average((columns - mean) ** 2, axis=0, weights=weights))
+            unit = np.abs(columns - columns[0]).max(axis=0)  # so that no square overflows
+            unit[constant] = 1.0
+            shifted = (columns - columns[0]) / unit
+            mean = np.average(shifted, axis=0, weights=weights)
+            scale = np.sqrt(np.average((shifted - mean) ** 2, axis=0, weights=weights))
+            mean, scale = columns[0] + mean * unit, np.where(constant, 0.0, scale * unit)
         if not (np.isfinite(mean) & np.isfinite(scale)).all():
             raise ValueError(
                 f"Got y with numbers from {y.min():.3g} to {y.max():.3g}, whose spread is not "
-                "finite. Wanted: smaller numbers, such as y / 1e200."
+                "finite. Wanted: smaller numbers, such as y / 1e10."
             )
-        # Rounding alone gives equal numbers a spread.
-        constant = columns.min(axis=0) == columns.max(axis=0)
-        mean = np.where(constant, columns[0], mean)
-        scale = np.where(constant, 0.0, scale)
         if constant.any():
             warnings.warn(
                 f"All numbers in {'y' if y.ndim == 1 else f'{constant.sum()} column(s) of y'} are "
@@ -196,7 +202,7 @@ class Numbers:
 
     @classmethod
     def of_outputs(
-        cls, n_outputs: int, classes: Any = None, *, multilabel: bool = False
+        cls, n_outputs: int, labels: Any = None, *, multilabel: bool = False
     ) -> "tuple[Numbers, np.ndarray]":
         """Tell what the outputs of a head are that was trained elsewhere: numbers as they are.
 
@@ -205,7 +211,7 @@ class Numbers:
         ValueError
             If there are classes.
         """
-        if classes is not None or multilabel:
+        if labels is not None or multilabel:
             raise ValueError(
                 "Got classes for an adapter whose outputs are to be numbers. Wanted: neither "
                 "`classes` nor `multilabel`, or `QLoRAClassifier.from_peft`."
@@ -217,6 +223,11 @@ class Numbers:
     def n_outputs(self) -> int:
         """The number of outputs of the head."""
         return len(self.mean)
+
+    @property
+    def unit(self) -> str:
+        """The kind of the loss, in units of the standard deviation."""
+        return self.loss.replace("_", " ")
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -255,7 +266,9 @@ class Numbers:
             errors = errors**2
         elif self.loss == "huber":
             errors = np.where(errors < 1, errors**2 / 2, errors - 0.5)
-        return errors.mean(axis=1)
+        # What is always the same is predicted, whatever the output is.
+        counted = self.scale > 0 if self.scale.any() else slice(None)
+        return errors[:, counted].mean(axis=1)
 
     def continue_from(self, earlier: "Classes | Numbers") -> "Numbers":
         """Return what a fit that continues an earlier one predicts, in its units.
@@ -268,11 +281,22 @@ class Numbers:
         assert isinstance(earlier, Numbers)
         if (self.n_outputs, self.one_dimensional) != (earlier.n_outputs, earlier.one_dimensional):
             raise ValueError(
-                f"Got y with {self.n_outputs} number(s) for each text but the fit to continue from "
-                f"has {earlier.n_outputs}. Wanted: a y of the same shape, or `fit` with "
+                f"Got y with {self.describe()}, but the fit to continue from has "
+                f"{earlier.describe()}. Wanted: a y of the same shape, or `fit` with "
                 "warm_start=False."
             )
-        return replace(earlier, loss=self.loss)
+        # A column that was constant so far has no unit yet, and nothing was learned of it.
+        new = (earlier.scale == 0) & ((self.scale > 0) | (self.mean != earlier.mean))
+        return replace(
+            earlier,
+            mean=np.where(new, self.mean, earlier.mean),
+            scale=np.where(new, self.scale, earlier.scale),
+            loss=self.loss,
+        )
+
+    def describe(self) -> str:
+        """Tell the shape of the numbers."""
+        return "one dimension" if self.one_dimensional else f"{self.n_outputs} column(s)"
 
 
 Target = Classes | Numbers

@@ -53,7 +53,9 @@ def weigh(
         sample_weight = np.ones(len(table))
     target = table.target
     if isinstance(target, Numbers):
-        return table, np.repeat(sample_weight[:, None], target.n_outputs, axis=1)
+        # Of numbers that are all the same nothing is learned.
+        counted_columns = target.scale > 0 if target.scale.any() else np.ones(target.n_outputs)
+        return table, sample_weight[:, None] * counted_columns
     counted = without_exponent(sample_weight)
     with np.errstate(over="ignore"):
         if target.multilabel:

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from skqlora.adapter import AdapterState, Fitted
 from skqlora.text.inputs import LabelledTexts
-from skqlora.text.targets import Classes
+from skqlora.text.targets import Classes, Numbers
 from skqlora.text.weights import without_exponent
 from skqlora.training.estimator import FitEstimator
 
@@ -156,12 +156,15 @@ def hold_out(
     divisible = rows if counts is None else rows[counts[table.targets] > 1]
     n_held_out = math.ceil(fraction * len(table))
     n_classes = 1 if counts is None else int((counts > 1).sum())
+    if isinstance(table.target, Numbers):  # of one text there is no R²
+        n_held_out = max(n_held_out, 2)
+    each = f", for one of each of the {n_classes} classes with several texts" * (counts is not None)
     if n_held_out < n_classes or len(divisible) - n_held_out < n_classes or n_classes == 0:
         raise ValueError(
             f"Got early_stopping=True and validation_fraction={fraction} with {len(table)} texts, "
-            f"of which {n_held_out} would be held out: too few, on one side or the other, for "
-            f"one of each of the {n_classes} classes with several texts. Wanted: more texts, "
-            "another validation_fraction, or X_val and y_val."
+            f"of which {n_held_out} would be held out: too few, on one side or the other"
+            f"{each}. Wanted: more texts, another "
+            "validation_fraction, or X_val and y_val."
         )
     _, held_out = train_test_split(
         divisible,

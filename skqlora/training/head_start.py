@@ -104,7 +104,8 @@ def start_head(
                 "which is no decoder. Wanted: a decoder such as Qwen or Llama, or "
                 "init_head_weights='normal' or 'probe'."
             )
-        names = target.identity[0]
+        assert isinstance(target, Classes)
+        names = target.values.tolist()
         model.load_head(head_of_class_names(model.backbone, tokenizer, names))
     elif how == "probe":
         model.load_head(Ranks.current().call_on_first(probe))

@@ -77,6 +77,8 @@ class Trainer:
         resumed: OptimizerState | None = None,
     ):
         self.model, self.settings = model, settings
+        if targets.dtype == np.float64:
+            targets = targets.astype(np.float32)
         self.tokens, self.targets, self.prefix = tokens, targets, prefix
         self.weights = np.ones(targets.shape) if weights is None else weights
         self.loss = LOSSES[loss]
