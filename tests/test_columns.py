@@ -709,3 +709,12 @@ def test_permutation_importance_tells_which_column_matters(decoder, pairs):
     found = permutation_importance(clf, frame, labels, n_repeats=3, random_state=0)
     assert found.importances_mean[1] > 0.2
     assert abs(found.importances_mean[0]) < 0.1
+
+
+def test_partitions_of_dask_are_tables(encoder, pairs):
+    dataframe = pytest.importorskip("dask.dataframe")
+    frame, labels = pairs
+    clf = make_classifier(encoder, num_train_epochs=1).fit(frame, labels)
+    partitions = dataframe.from_pandas(frame, npartitions=3)
+    predicted = partitions.map_partitions(clf.predict, meta=pd.Series(dtype=object))
+    assert predicted.compute(scheduler="threads").tolist() == clf.predict(frame).tolist()

@@ -48,7 +48,7 @@ def test_code_blocks_run(page, decoder, corpus, tmp_path, monkeypatch):
     clf = make_classifier(decoder).fit(texts, labels)
     clf.save("tickets")
     columns = ("text", "premise", "hypothesis", "title", "category", "body")
-    table = dict.fromkeys(columns, texts) | {"label": labels, "price": 1.5}
+    table = dict.fromkeys(columns, texts) | {"label": labels, "price": range(len(texts))}
     pd.DataFrame(table).to_csv("train.csv", index=False)
     namespace = {
         "QLoRAClassifier": QLoRAClassifier,
