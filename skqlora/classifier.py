@@ -161,8 +161,10 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The labels, sorted. For multilabel targets these are the numbers of their columns.
     multilabel_ : bool
         Whether a text may have several labels, or none.
-    n_features_in_, feature_names_in_ : int, ndarray of shape (n_features_in_,)
-        The number of columns, if `X` was a table, and their names, if these are all str.
+    n_features_in_ : int
+        The number of columns, if `X` was a table.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        The names of the columns, if `X` was a table with names that are all str.
     adapter_ : AdapterState
         The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.

@@ -154,10 +154,14 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
 
     Attributes
     ----------
-    target_mean_, target_scale_ : ndarray of shape (n_outputs,)
-        The mean and the standard deviation of `y`, weighted like the texts.
-    n_features_in_, feature_names_in_ : int, ndarray of shape (n_features_in_,)
-        The number of columns, if `X` was a table, and their names, if these are all str.
+    target_mean_ : ndarray of shape (n_outputs,)
+        The mean of `y`, weighted like the texts.
+    target_scale_ : ndarray of shape (n_outputs,)
+        The standard deviation of `y`, weighted like the texts.
+    n_features_in_ : int
+        The number of columns, if `X` was a table.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        The names of the columns, if `X` was a table with names that are all str.
     adapter_ : AdapterState
         The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
         estimator: `predict` finds it in the process, or loads it.
