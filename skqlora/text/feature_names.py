@@ -50,8 +50,8 @@ def find_columns(estimator: BaseEstimator, X: Any, table: Table) -> Columns | No
         return None
     seen = _remembering(estimator, Columns(None, None))
     validate_data(seen, X, skip_check_array=True)
-    names = getattr(seen, "feature_names_in_", None)
-    return Columns(None if names is None else tuple(names.tolist()), seen.n_features_in_)
+    # Not every version of scikit-learn sees the names of every library's tables.
+    return Columns(table.names, seen.n_features_in_)
 
 
 def check_columns(
@@ -102,9 +102,25 @@ def check_columns(
             )
         return known
     if known is not None or len(table.cells) > 1:
-        seen = _remembering(estimator, known or Columns(None, 1))
+        known_names = None if known is None else known.names
+        if known_names and table.names and not _sees_names(estimator, X):
+            if known_names != table.names:
+                raise ValueError(
+                    "The feature names should match those that were passed during fit.\nFeature "
+                    f"names must be in the same order as they were in fit.\nGot {name} with "
+                    f"{list(table.names)}. Wanted: {list(known_names)}."
+                )
+            known_names = None
+        seen = _remembering(estimator, Columns(known_names, known_number))
         validate_data(seen, X, skip_check_array=True, reset=False)
     return known
+
+
+def _sees_names(estimator: BaseEstimator, X: Any) -> bool:
+    """Return whether this version of scikit-learn knows where the names of a table are."""
+    seen = _remembering(estimator, Columns(None, None))
+    validate_data(seen, X, skip_check_array=True)
+    return hasattr(seen, "feature_names_in_")
 
 
 def _remembering(estimator: BaseEstimator, columns: Columns) -> Any:
