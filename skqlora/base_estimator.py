@@ -62,7 +62,7 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
     process, which loads it at the first `fit` or `predict`.
     """
 
-    _target: ClassVar[type[Target]]  # what the estimator predicts
+    _target: ClassVar[type[Target]]  # the kind of what the estimator predicts
 
     _doc_link_module = "skqlora"
     _doc_link_template = DOC_LINK
@@ -284,7 +284,8 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
         path : str or path
             A folder that does not exist yet, or is empty.
         dtype : {"float32", "bfloat16", "float16"}, default="float32"
-            The precision to which the weights are rounded. float32 keeps the probabilities.
+            The precision to which the weights are rounded. float32 keeps the predictions. 16 bits
+            round the mean of a regressor's numbers, too.
 
         Raises
         ------

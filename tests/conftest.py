@@ -1,6 +1,7 @@
 """Fixtures: tiny models on disk, one of each kind for the whole run, and texts that fit them."""
 
 import gc
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing is ever fetched in a test
@@ -9,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import transformers
@@ -97,3 +99,26 @@ def indicator(labels):
 def clf(encoder):
     """A classifier to be fitted on texts of the corpus, for two epochs."""
     return make_classifier(encoder, num_train_epochs=2)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """Pairs of words, and whether both are of one topic."""
+    rng = np.random.RandomState(0)
+    topics = list(tiny.TOPICS.values())
+    kinds = rng.randint(3, size=(48, 2))
+    words = [[topics[kind][rng.randint(8)] for kind in row] for row in kinds]
+    frame = pd.DataFrame(words, columns=["first", "second"])
+    return frame, np.where(kinds[:, 0] == kinds[:, 1], "same", "other")
+
+
+@pytest.fixture(scope="session")
+def typed_encoder(tmp_path_factory):
+    """Folder of a tiny BERT with a tokenizer that says of which text a token is."""
+    folder = tmp_path_factory.mktemp("bert")
+    tiny.save_model(folder, "bert")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(config))
+    return str(folder)

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import strategies as st
 
@@ -11,10 +12,11 @@ from skqlora import QLoRAClassifier
 from skqlora.checkpoint.spec import BackboneSpec, describe_files
 from skqlora.model.cache import get_backbone
 from skqlora.model.text_model import TextModel
-from skqlora.settings.adapter_settings import LoraSettings
+from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.parameters import read_parameters
 from skqlora.settings.settings import resolve_settings
 from skqlora.text.batches import TokenizedTexts
+from skqlora.text.tokenization import CachingTokenizer
 from skqlora.training.trainer import Trainer
 
 LORA = LoraSettings(
@@ -134,6 +136,18 @@ def train(model, tokens, targets, settings, **changes):
         losses = [trainer.train_epoch() for _ in range(settings.num_train_epochs)]
         trainer.check_finite()
     return losses
+
+
+def ids_of(tokens):
+    """Return the tokens of each row as lists."""
+    return [ids.tolist() for ids in tokens.sequences]
+
+
+def tokenized(style, rows, *, max_length=64, **settings):
+    """Tokenize rows as a fit does; return their tokens and the number of windows of each."""
+    tokenizer = tiny.make_tokenizer(style)
+    settings = TextSettings(max_length, **settings)
+    return CachingTokenizer(tokenizer).tokenize(rows, settings, 1000)
 
 
 def random_tokens(n_rows=16, longest=12, vocab_size=300):

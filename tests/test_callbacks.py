@@ -8,7 +8,7 @@ from helpers import assert_equal_adapters, make_classifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from skqlora import QLoRAClassifier
+from skqlora import QLoRAClassifier, QLoRARegressor
 
 
 class StopAfter:
@@ -55,6 +55,18 @@ def test_callback_stops_a_fit_and_stays_out_of_the_pickle(encoder, corpus):
     assert clf.n_iter_ == len(callback.seen) == 2
     np.testing.assert_array_equal(callback.seen[-1], clf.predict(corpus[0]))
     assert "_skl_callbacks" not in vars(pickle.loads(pickle.dumps(clf)))
+
+
+@needs_callbacks
+def test_callback_stops_the_fit_of_a_regressor(encoder, corpus):
+    texts, labels = corpus
+    y = np.array([len(label) for label in labels])
+    callback = StopAfter(2)
+    params = make_classifier(encoder, num_train_epochs=5).get_params()
+    del params["class_weight"]
+    reg = QLoRARegressor(**params).set_callbacks(callback).fit(texts, y)
+    assert reg.n_iter_ == len(callback.seen) == 2
+    np.testing.assert_array_equal(callback.seen[-1], reg.predict(texts))
 
 
 @needs_callbacks

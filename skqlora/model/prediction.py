@@ -1,4 +1,4 @@
-"""Forward passes over many texts, which compute their logits or the inputs of the head."""
+"""Forward passes over many texts, which compute the outputs or the inputs of the head."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,10 +24,10 @@ PREDICTION_TOKENS = 4096
 def compute_outputs(
     parameters: Parameters, adapter: AdapterState, texts: Sequence[Row], *, chunk_size: int
 ) -> np.ndarray:
-    """Compute the logits of texts with an adapter, on the base that the process keeps.
+    """Compute outputs of the head for texts, with an adapter on the base that the process keeps.
 
     A text that occurs several times is computed once. Token ids are made chunk by chunk, so that
-    the memory stays bounded, except for that of the texts and logits.
+    the memory stays bounded, except for that of the texts and outputs.
 
     Parameters
     ----------
@@ -39,7 +39,8 @@ def compute_outputs(
 
     Returns
     -------
-    logits : ndarray of shape (n_texts, n_outputs), float64
+    outputs : ndarray of shape (n_texts, n_outputs), float64
+        Of classes these are logits.
 
     Raises
     ------
@@ -54,19 +55,19 @@ def compute_outputs(
     check_tokenizer(tokenizer, spec.model, adapter.tokenizer_fingerprint)
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     different = list(places)
-    logits = []
+    outputs = []
     with TextModel.for_prediction(backbone, adapter) as model:
         for start in range(0, len(different), chunk_size):
             chunk = different[start : start + chunk_size]
             tokens, counts = tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size)
-            # The logits of a text are the mean over its windows, which lie one after the other.
+            # The outputs of a text are the mean over its windows, which lie one after the other.
             sums = np.add.reduceat(predict_outputs(model, tokens), np.cumsum(counts) - counts)
-            logits.append(sums / counts[:, None])
-    return np.concatenate(logits)[[places[text] for text in texts]]
+            outputs.append(sums / counts[:, None])
+    return np.concatenate(outputs)[[places[text] for text in texts]]
 
 
 def predict_outputs(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
-    """Compute the logits of each row, in the order of the rows.
+    """Compute the outputs of the head for each row, in the order of the rows.
 
     Parameters
     ----------
@@ -76,10 +77,10 @@ def predict_outputs(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
 
     Returns
     -------
-    logits : ndarray of shape (n_rows, n_outputs), float64
+    outputs : ndarray of shape (n_rows, n_outputs), float64
     """
-    logits = np.empty((len(tokens), model.head.out_features))
-    return _compute(model, model, tokens, logits)
+    outputs = np.empty((len(tokens), model.head.out_features))
+    return _compute(model, model, tokens, outputs)
 
 
 def compute_features(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fitted classifiers written in the formats of PEFT and Transformers, and read from PEFT's.
+"""Fitted estimators written in the formats of PEFT and Transformers, and read from PEFT's.
 
 This module knows nothing of how files are put in their place.
 """
@@ -136,13 +136,12 @@ def _in_units(fitted: Fitted) -> AdapterState:
 
 def _check_units(target: Numbers, head: dict[str, np.ndarray]) -> None:
     """Refuse units that float32 cannot hold: too large, too small, or far from zero."""
-    spread, single = target.scale[target.scale > 0], np.finfo(np.float32)
+    single, varies = np.finfo(np.float32), target.scale > 0
+    scale, mean = target.scale[varies], np.abs(target.mean[varies])
     finite = all(np.isfinite(value).all() for value in head.values())
-    far = (
-        "bias" in head
-        and (target.scale < 1e4 * single.eps * np.abs(target.mean))[target.scale > 0].any()
-    )
-    if not finite or far or (len(spread) and spread.min() < single.tiny / single.eps):
+    # Rounding the mean may move a prediction by a ten-thousandth of the standard deviation.
+    far = "bias" in head and (scale < 1e4 * single.eps * mean).any()
+    if not finite or far or (scale < single.tiny / single.eps).any():
         raise ValueError(
             f"Got y with the mean {target.mean.tolist()} and the standard deviation "
             f"{target.scale.tolist()}, which the float32 of this format cannot tell apart. Wanted: "
@@ -184,7 +183,7 @@ def _safe_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
     raise ValueError(
         "The tokenizer has no token to pad with that does not end its texts too, so Transformers "
         "would pool the wrong token. Wanted: a tokenizer with a padding token of its own. `save` "
-        "writes any classifier."
+        "writes any estimator."
     )
 
 
@@ -369,7 +368,7 @@ def read_peft_weights(
     config : dict
         The configuration that `read_peft_config` returned.
     parameters : Parameters
-        The classifier's parameters, which decide the base and how a text becomes token ids.
+        The estimator's parameters, which decide the base and how a text becomes token ids.
 
     Returns
     -------

@@ -245,7 +245,7 @@ def _check_place(target: Path, names: Sequence[str], overwrite: bool) -> None:
         what = f"holds no {names[0]!r}" if missing else f"holds {min(foreign)!r}"
         raise FileExistsError(
             f"Got path={str(target)!r} with overwrite=True, but it {what}, so it is not just "
-            "what `save` wrote. Wanted: a folder of a saved classifier alone. Move what is there "
+            "what `save` wrote. Wanted: a folder of a saved estimator alone. Move what is there "
             "away, or save elsewhere."
         )
 

@@ -54,7 +54,7 @@ def stock_model(config: PreTrainedConfig, pooling: str) -> tuple[PreTrainedModel
         layer.
     """
     refusal = ValueError(
-        f"Got a {config.model_type} classifier with pooling={pooling!r}, for which Transformers "
+        f"Got a {config.model_type} model with pooling={pooling!r}, for which Transformers "
         "has no class of its own. Wanted: one of Llama, Qwen, Mistral, Gemma, GPT-2 ... with "
         "pooling='last', or of BERT, ALBERT with pooling='pooler'. `save` writes any."
     )

@@ -1,4 +1,4 @@
-"""The model card, a page that says to people and to the Hub what a saved classifier is."""
+"""The model card, a page that says to people and to the Hub what a saved estimator is."""
 
 import os
 
@@ -25,7 +25,7 @@ TEMPLATE = """\
 from skqlora import {estimator}
 
 {name} = {estimator}.load("{path}")
-{name}.predict({example}
+{name}.{call}
 ```
 
 The base is not part of this repository: it is loaded at the first prediction.
@@ -40,7 +40,7 @@ def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
     parameters : Parameters
     fitted : Fitted
     path : str
-        The folder or the repository that the card says to load the classifier from.
+        The folder or the repository that the card says to load the estimator from.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def model_card(parameters: Parameters, fitted: Fitted, path: str) -> str:
         header=header.to_yaml(),
         base=os.path.basename(model),
         table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value),
-        example=_example(columns),
+        call=_call(columns),
         path=path,
         **_words_of(fitted.target),
     )
@@ -110,10 +110,10 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|")
 
 
-def _example(columns: Columns | None) -> str:
-    """Return how a call of `predict` goes on after its bracket."""
+def _call(columns: Columns | None) -> str:
+    """Return a call of `predict`, with what `X` is."""
     if columns is None or columns.number in (None, 1):
-        return '["..."])'
+        return 'predict(["..."])'
     if columns.names is None:
-        return f"X)  # a table with {columns.number} columns"
-    return f"X)  # a table with the columns {list(columns.names)}"
+        return f"predict(X)  # a table with {columns.number} columns"
+    return f"predict(X)  # a table with the columns {list(columns.names)}"

@@ -1,4 +1,4 @@
-"""Fitted classifiers written to files and read back: JSON and safetensors, in a versioned format.
+"""Fitted estimators written to files and read back: JSON and safetensors, in a versioned format.
 
 This module knows nothing of models. Whatever the files hold, reading them runs no code from them.
 
@@ -24,19 +24,20 @@ from sklearn.utils._param_validation import validate_parameter_constraints
 from skqlora.adapter import AdapterState, Fitted, Footprint, OptimizerState
 from skqlora.persistence.peft_format import PREFIX, from_peft_name
 from skqlora.settings.adapter_settings import TRUNCATIONS, LoraSettings, TextSettings
-from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
+from skqlora.settings.constraints import PARAMETER_CONSTRAINTS, REGRESSION_LOSSES
 from skqlora.settings.settings import SETTLED, Settings
 from skqlora.settings.template import check_prompt
 from skqlora.text.columns import Columns
-from skqlora.text.targets import REGRESSION_LOSSES, Classes, Numbers, Target
+from skqlora.text.targets import Classes, Numbers, Target
 
-# 4 has numbers; 3 columns; 2 another fingerprint of the base than 1, and weight_scale.
+# 2 has another fingerprint of the base than 1, and weight_scale; 3 has columns; 4 numbers.
 FORMAT_VERSION = 4
+VERSION_OF_CLASSES = 3  # what is written of a classifier, so that earlier versions read it
 
 
 @dataclass(frozen=True)
 class SavedFiles:
-    """The names of the files of a saved classifier.
+    """The names of the files of a saved estimator.
 
     Attributes
     ----------
@@ -67,9 +68,7 @@ ALL_FILES = astuple(FILES)
 LABEL_KINDS = "OUbiufM"  # str, bool, int, float and dates
 
 
-def write_classifier(
-    folder: Path, parameters: dict[str, Any], fitted: Fitted, version: str
-) -> None:
+def write_fitted(folder: Path, parameters: dict[str, Any], fitted: Fitted, version: str) -> None:
     """Write all files except PEFT's, which must be there already, and the model card.
 
     Parameters
@@ -87,15 +86,16 @@ def write_classifier(
         If a parameter or a label cannot be written as JSON.
     """
     adapter, optimizer, settings = fitted.adapter, fitted.optimizer_state, fitted.settings
+    target = _target_to_json(fitted.target)
     (folder / FILES.head).write_bytes(safetensors.numpy.save(dict(adapter.head_tensors)))
     if optimizer is not None:
         (folder / FILES.optimizer).write_bytes(safetensors.numpy.save(optimizer_arrays(optimizer)))
     manifest = {
-        "format_version": FORMAT_VERSION if isinstance(fitted.target, Numbers) else 3,
+        "format_version": VERSION_OF_CLASSES if "classes" in target else FORMAT_VERSION,
         "skqlora_version": version,
         "parameters": {name: _to_json(value, name) for name, value in parameters.items()},
         "columns": None if fitted.columns is None else asdict(fitted.columns),
-        **_target_to_json(fitted.target),
+        **target,
         "n_iter": fitted.n_iter,
         "n_samples_seen": fitted.n_samples_seen,
         "loss_curve": fitted.loss_curve,
@@ -125,8 +125,8 @@ def write_classifier(
     (folder / FILES.manifest).write_text(text + "\n", encoding="utf-8")
 
 
-def read_classifier(folder: Path) -> tuple[dict[str, Any], Fitted]:
-    """Read what `write_classifier` wrote.
+def read_fitted(folder: Path) -> tuple[dict[str, Any], Fitted]:
+    """Read what `write_fitted` wrote.
 
     Parameters
     ----------

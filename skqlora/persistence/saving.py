@@ -15,7 +15,7 @@ from skqlora.adapter import Fitted
 from skqlora.persistence.folders import read_folder, written_folder
 from skqlora.persistence.model_card import model_card
 from skqlora.persistence.peft_format import write_adapter
-from skqlora.persistence.saved_format import ALL_FILES, FILES, read_classifier, write_classifier
+from skqlora.persistence.saved_format import ALL_FILES, FILES, read_fitted, write_fitted
 from skqlora.settings.parameters import Parameters
 from skqlora.text.targets import Classes, Numbers
 
@@ -66,7 +66,7 @@ def save(
             lora_dropout=parameters.lora_dropout,
         )
         _write_card(folder, parameters, fitted, name)
-        write_classifier(folder, params, fitted, __version__)
+        write_fitted(folder, params, fitted, __version__)
 
 
 def load(
@@ -90,7 +90,7 @@ def load(
     fitted : Fitted
     """
     folder = _folder_of(path, revision)
-    params, fitted = read_folder(folder, read_classifier)
+    params, fitted = read_folder(folder, read_fitted)
     if type(fitted.target) is not target:
         kinds = {Classes: "QLoRAClassifier", Numbers: "QLoRARegressor"}
         raise ValueError(
@@ -122,12 +122,12 @@ def push_to_hub(
         warnings.warn(
             f"Got model={parameters.model!r}, a folder of this machine, and its path "
             f"{os.path.realpath(base)!r} is published. If the base is on the Hub, call "
-            "clf.set_params(model='its name there') before; otherwise those who load the "
-            "classifier set it to a folder of theirs.",
+            "set_params(model='its name there') before; otherwise those who load the "
+            "estimator set it to a folder of theirs.",
             stacklevel=3,
         )
     with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "classifier"
+        folder = Path(parent) / "estimator"
         # What cannot be written shows here, before there is a repository.
         save(folder, params, parameters, fitted, repo_id)
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id

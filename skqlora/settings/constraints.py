@@ -8,6 +8,7 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 
 from skqlora.settings.adapter_settings import TRUNCATIONS
 
+REGRESSION_LOSSES = {"squared_error", "absolute_error", "huber"}
 SCHEDULES = {"linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"}
 PARAMETER_CONSTRAINTS: dict[str, list] = {
     "model": [str, os.PathLike],
@@ -59,6 +60,6 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
 REGRESSOR_CONSTRAINTS = {
     name: allowed for name, allowed in PARAMETER_CONSTRAINTS.items() if name != "class_weight"
 } | {
-    "loss": [StrOptions({"squared_error", "absolute_error", "huber"})],
+    "loss": [StrOptions(REGRESSION_LOSSES)],
     "init_head_weights": [StrOptions({"normal", "probe"})],
 }

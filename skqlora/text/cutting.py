@@ -55,14 +55,13 @@ def fit_into(encoding: Encoding, settings: TextSettings, row: Row) -> Encoded:
             f"special tokens take {n_tokens - sum(lengths)}. Wanted: room for the text. Pass a "
             "greater max_length to `fit`."
         )
+    keep = np.ones(n_tokens, dtype=bool)
     if room < 1:  # the text consists of special tokens
-        keep = np.ones(n_tokens, dtype=bool)
         for start, stop in spans:
             keep[start:stop] = False
         return Encoded((ids[..., keep][..., : settings.max_length],), is_cut=True)
     if settings.truncation == "windows":
         return Encoded(tuple(_windows(ids, spans, room, settings, row)), is_cut=False)
-    keep = np.ones(n_tokens, dtype=bool)
     for (start, stop), share in zip(spans, share_room(lengths, room), strict=True):
         n_head = {"head": share, "tail": 0, "head+tail": share // HEAD_PART}[settings.truncation]
         keep[start + n_head : stop - (share - n_head)] = False

@@ -152,7 +152,8 @@ def check_labelled_texts(
     """
     classes, targets = check_labels(y, len(inputs), classes, suffix)
     target = Classes(classes, multilabel=targets.ndim == 2)
-    return _weighted(inputs, target, targets, sample_weight, suffix)
+    weights = check_sample_weight(sample_weight, len(inputs), f"sample_weight{suffix}")
+    return _without_zeros(LabelledTexts(inputs, target, targets, weights))
 
 
 def check_numbered_texts(
@@ -179,26 +180,32 @@ def check_numbered_texts(
     ------
     ValueError
         If numbers or weights are invalid, or if there is not one for each text.
+
+    Warns
+    -----
+    UserWarning
+        If all numbers of a first fit are the same.
     """
     numbers = check_numbers(y, len(inputs))
     weights = check_sample_weight(sample_weight, len(inputs))
     kept = slice(None) if weights is None else weights > 0
     counted = None if weights is None else weights[kept] / weights.max()
-    with warnings.catch_warnings():
-        if earlier is not None:  # a piece may hold the same number everywhere
-            warnings.simplefilter("ignore", UserWarning)
-        target = Numbers.of(numbers[kept], counted, loss)
-    return _weighted(inputs, target, numbers, sample_weight, "")
+    target = Numbers.of(numbers[kept], counted, loss)
+    n_constant = np.count_nonzero(target.scale == 0)
+    if n_constant and earlier is None:
+        warnings.warn(
+            f"All numbers in {'y' if numbers.ndim == 1 else f'{n_constant} column(s) of y'} are "
+            "the same, so that nothing can be learned of them. They are predicted.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _without_zeros(LabelledTexts(inputs, target, numbers, weights))
 
 
-def _weighted(
-    inputs: CheckedTexts, target: Target, targets: np.ndarray, sample_weight: Any, suffix: str
-) -> LabelledTexts:
-    sample_weight = check_sample_weight(sample_weight, len(inputs), f"sample_weight{suffix}")
-    table = LabelledTexts(inputs, target, targets, sample_weight)
-    if table.sample_weight is None:
-        return table
-    return table.take(np.flatnonzero(table.sample_weight))
+def _without_zeros(table: LabelledTexts) -> LabelledTexts:
+    """Leave out rows of weight zero."""
+    weights = table.sample_weight
+    return table if weights is None else table.take(np.flatnonzero(weights))
 
 
 def is_validation_given(
@@ -254,7 +261,8 @@ def check_validation(
                 f"Got y_val of shape {numbers.shape}, but y has {target.describe()}. Wanted: both "
                 "of one shape."
             )
-        return _weighted(inputs, target, numbers, sample_weight_val, "_val")
+        weights = check_sample_weight(sample_weight_val, len(inputs), "sample_weight_val")
+        return _without_zeros(LabelledTexts(inputs, target, numbers, weights))
     table = check_labelled_texts(inputs, y_val, sample_weight_val, target.values, suffix="_val")
     multilabel = table.targets.ndim == 2
     if multilabel != target.multilabel:

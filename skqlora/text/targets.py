@@ -1,10 +1,9 @@
 """What an estimator predicts, and how the outputs of the head are read: classes or numbers.
 
-Both kinds have the same methods, so that training, early stopping and files need not know which it
-is. This module knows nothing of texts or models.
+Both kinds have the same methods, so that the training need not know which it is. This module knows
+nothing of texts or models.
 """
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 from scipy.special import log_softmax
 
 from skqlora.text.values import short
-
-REGRESSION_LOSSES = "squared_error", "absolute_error", "huber"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +168,6 @@ class Numbers:
         ------
         ValueError
             If the numbers are so far apart that their spread is not finite.
-
-        Warns
-        -----
-        UserWarning
-            If all numbers are the same.
         """
         columns = y.reshape(len(y), -1)
         constant = columns.min(axis=0) == columns.max(axis=0)
@@ -190,13 +182,6 @@ class Numbers:
             raise ValueError(
                 f"Got y with numbers from {y.min():.3g} to {y.max():.3g}, whose spread is not "
                 "finite. Wanted: smaller numbers, such as y / 1e10."
-            )
-        if constant.any():
-            warnings.warn(
-                f"All numbers in {'y' if y.ndim == 1 else f'{constant.sum()} column(s) of y'} are "
-                "the same, so that nothing can be learned of them. They are predicted.",
-                UserWarning,
-                stacklevel=2,
             )
         return cls(mean, scale, y.ndim == 1, loss)
 

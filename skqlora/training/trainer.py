@@ -77,7 +77,7 @@ class Trainer:
         resumed: OptimizerState | None = None,
     ):
         self.model, self.settings = model, settings
-        if targets.dtype == np.float64:
+        if targets.dtype == np.float64:  # which not every device has
             targets = targets.astype(np.float32)
         self.tokens, self.targets, self.prefix = tokens, targets, prefix
         self.weights = np.ones(targets.shape) if weights is None else weights
@@ -317,7 +317,7 @@ class Trainer:
                 f"The training loss became infinite or NaN in update {update} (epoch "
                 f"{epoch}). Wanted: a finite number. Lower learning_rate or "
                 "head_learning_rate, raise warmup_steps, or pass compute_dtype='float32'. The "
-                "classifier of the last epoch before is kept, if there is one."
+                "estimator of the last epoch before is kept, if there is one."
             )
 
     def optimizer_state(self) -> OptimizerState:
