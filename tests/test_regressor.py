@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import assert_equal_adapters, fit_interrupted, make_classifier
+from numpydoc.docscrape import ClassDoc
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import StackingRegressor, VotingRegressor
 from sklearn.exceptions import NotFittedError
@@ -359,6 +360,22 @@ def test_its_parameters_are_those_of_the_classifier():
     assert set(theirs) - set(ours) == {"class_weight"}
     assert set(ours) - set(theirs) == {"loss"}
     assert all(ours[name].default == theirs[name].default for name in set(ours) & set(theirs))
+
+
+# Described anew, since they are about classes or numbers.
+DESCRIBED_ANEW = {
+    *("init_head_weights", "truncation", "prompt", "learning_rate", "head_learning_rate"),
+    *("early_stopping", "validation_fraction", "scoring", "warm_start"),
+}
+
+
+def test_parameters_are_described_as_those_of_the_classifier():
+    ours, theirs = (
+        {each.name: each.desc for each in ClassDoc(kind)["Parameters"]}
+        for kind in (QLoRARegressor, QLoRAClassifier)
+    )
+    differ = {name for name in set(ours) & set(theirs) if ours[name] != theirs[name]}
+    assert differ == DESCRIBED_ANEW
 
 
 def test_memory_and_curves(encoder, reg, texts, y):
