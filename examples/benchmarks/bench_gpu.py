@@ -203,6 +203,7 @@ def run_ours(size, options, device):
         device=str(device),
         compute_dtype="bfloat16",
         max_length=options.tokens,
+        prompt=None,
         pooling="last",
         num_train_epochs=1,
         gradient_checkpointing=options.checkpointing,

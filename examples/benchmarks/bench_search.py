@@ -221,7 +221,7 @@ def bench_prediction(clf, texts, labels, repeats):
     backbone, spec = backbone_of(clf), BackboneSpec.of(read_parameters(clf))
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     tokens, _ = tokenizer.tokenize(texts[:1], fitted.adapter_.text_settings, backbone.vocab_size)
-    input_ids, mask = (x.to(spec.device) for x in tokens.batch(np.arange(1)))
+    inputs = {name: x.to(spec.device) for name, x in tokens.batch(np.arange(1)).items()}
 
     def seconds(work):
         start = time.perf_counter()
@@ -231,8 +231,8 @@ def bench_prediction(clf, texts, labels, repeats):
         return time.perf_counter() - start
 
     with TextModel.for_prediction(backbone, fitted.adapter_) as model:
-        bare = torch.no_grad()(lambda: model(input_ids, mask))
-        with_base = torch.no_grad()(lambda: backbone.module(input_ids, attention_mask=mask))
+        bare = torch.no_grad()(lambda: model(**inputs))
+        with_base = torch.no_grad()(lambda: backbone.module(**inputs))
     fitted.predict(texts[:1])
     ratios, to_base = [], []
     for _ in range(20 * repeats):
