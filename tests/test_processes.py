@@ -16,9 +16,13 @@ from sklearn.model_selection import GridSearchCV, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from skqlora import backbone_cache_info
+from skqlora import backbone_cache_info, clear_backbone_cache
 from skqlora._utils import processes
-from skqlora._utils.processes import lock_of_machine, warn_if_gpu_is_shared
+from skqlora._utils.processes import (
+    lock_of_machine,
+    warn_if_gpu_is_shared,
+    warn_of_waiting_threads,
+)
 
 
 def run(script, *arguments):
@@ -164,3 +168,27 @@ def test_only_process_on_a_gpu_is_not_warned_and_holds_it(gpu):
     warn_if_gpu_is_shared(torch.device("cpu"))
     assert list(processes._gpu_locks) == ["GPU-0123"]
     processes._gpu_locks["GPU-0123"].release()
+
+
+def test_more_threads_than_cores_are_warned_of_once(encoder, corpus, monkeypatch):
+    monkeypatch.setattr(processes, "_warned_of_threads", False)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    clear_backbone_cache()
+    clf = make_classifier(encoder, num_train_epochs=1)
+    with pytest.warns(RuntimeWarning, match=r"64 threads.*2 cores.*set_num_threads\(2\)"):
+        clf.fit(*corpus)
+    clear_backbone_cache()
+    clf.fit(*corpus)  # a warning would be an error
+
+
+@pytest.mark.parametrize(
+    ("device", "n_threads", "limit"), [("cpu", 2, None), ("cuda", 64, None), ("cpu", 64, "2")]
+)
+def test_as_many_threads_as_cores_are_not_warned_of(device, n_threads, limit, monkeypatch):
+    if limit:
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", limit)
+    monkeypatch.setattr(processes, "_warned_of_threads", False)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    warn_of_waiting_threads(torch.device(device))

@@ -9,12 +9,14 @@ import threading
 import warnings
 from pathlib import Path
 
+import joblib
 import torch
 from filelock import FileLock
 
 _threaded_process: int | None = None  # the id of the process that has computed on several threads
 _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU's UUID
 _lock = threading.Lock()
+_warned_of_threads = False
 
 
 def check_not_forked() -> None:
@@ -40,6 +42,29 @@ def check_not_forked() -> None:
     in_thread = threading.current_thread() is not threading.main_thread()
     if in_thread or torch.get_num_threads() > 1:
         _threaded_process = os.getpid()
+
+
+def warn_of_waiting_threads(device: torch.device) -> None:
+    """Warn once if torch computes on a CPU with more threads than this process may use cores.
+
+    torch takes a thread for each core of the machine, but a container may be limited to a few of
+    them. Each short product then waits for a thread that waits for a core.
+    """
+    global _warned_of_threads  # noqa: PLW0603 (a fact of the process)
+    if "LOKY_MAX_CPU_COUNT" in os.environ:  # joblib then counts what the user wants it to count
+        return
+    n_threads, n_cores = torch.get_num_threads(), joblib.cpu_count()
+    if device.type != "cpu" or n_threads <= n_cores or _warned_of_threads:
+        return
+    _warned_of_threads = True
+    warnings.warn(
+        f"torch computes with {n_threads} threads, but this process may use {n_cores} cores. So "
+        "threads wait for each other, and a fit may take many times as long. Call "
+        f"torch.set_num_threads({n_cores}) first, or set the environment variable "
+        f"OMP_NUM_THREADS={n_cores} before Python starts.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def warn_if_gpu_is_shared(device: torch.device) -> None:

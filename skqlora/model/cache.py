@@ -91,10 +91,11 @@ class _BackboneCache:
             return backbone
 
     def _load(self, spec: "BackboneSpec", verbose: bool) -> "Backbone":
-        from skqlora._utils.processes import warn_if_gpu_is_shared
+        from skqlora._utils.processes import warn_if_gpu_is_shared, warn_of_waiting_threads
 
         limit = _limit()
         warn_if_gpu_is_shared(spec.device)
+        warn_of_waiting_threads(spec.device)
         with self._lock:
             self._misses += 1
             for other in [other for other in self._bases if _is_outdated(other, spec)]:
