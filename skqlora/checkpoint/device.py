@@ -1,5 +1,7 @@
 """The device and the precision of a model, and errors that mean too little memory."""
 
+from collections.abc import Mapping
+
 import torch
 
 # The words by which errors without a type of their own say that memory ran out. CUDA, cuBLAS, cuDNN
@@ -96,6 +98,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether memory ran out, so that computing less at once may work."""
     typed = isinstance(error, torch.OutOfMemoryError)
     return typed or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Let an accelerator's allocator give back what it holds and nobody uses."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copy tensors from the host, without waiting for an accelerator that is still computing."""
+    if device.type == "cuda":  # only copies from pinned memory do not wait
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _cpu_multiplies_bfloat16() -> bool:
