@@ -7,6 +7,7 @@ a fresh process. ``--cap`` sets how much of the GPU torch may take; memory that 
 where paged optimizers keep their state, is not under it, and is in what the driver says is used::
 
     python bench_gpu.py --sizes 1b 8b              # both sides, batches of 16 x 512 tokens
+    python bench_gpu.py --sizes 0.6b --tokens 32 --profile     # short texts, and where time goes
     python bench_gpu.py --sizes 65b --cap 48 --batch-size 1 --updates 4 --sides skqlora \
         --checkpointing
 """
@@ -24,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from profiling import print_profile, profile_work
 from tasks import in_fresh_process
 
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05}
@@ -31,6 +33,7 @@ N_CLASSES = 4
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 SIZES = {  # hidden size, intermediate size, layers, heads, heads of keys and values
     "tiny": (64, 128, 2, 4, 2),
+    "0.6b": (1024, 3072, 28, 16, 8),  # Qwen3, but for its width of a head
     "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
     "8b": (4096, 14336, 32, 32, 8),  # Llama 3.1, as 70b
     "33b": (6656, 17920, 60, 52, 52),  # LLaMA (arXiv 2302.13971, table 2), as 65b
@@ -54,6 +57,10 @@ def main():
                 runs.append({"size": size, "side": side} | run_settings(options) | figures)
                 options.output.write_text(json.dumps(runs, indent=1))
     print_table(runs, options)
+    for figures in runs:
+        if "profile" in figures:
+            print(f"\n{figures['size']}, {figures['side']}: an update under torch's profiler")
+            print_profile(figures["profile"])
 
 
 def run_settings(options):
@@ -71,6 +78,7 @@ def parse_arguments():
     parser.add_argument("--updates", type=int, default=6, help="of which the first is not timed")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one more update, by kind")
     parser.add_argument("--cap", type=float, help="GB of the GPU that torch may take")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=Path("bench_gpu.json"))
@@ -224,6 +232,9 @@ def run_ours(size, options, device):
             trainer.step(batch)
             synchronize(device)
             seconds.append(time.perf_counter() - began)
+        profiled = {}
+        if options.profile:
+            profiled["profile"] = profile_work(lambda: trainer.step(batch), device, LORA["r"])
     with torch.device("meta"):
         skeleton = type(module)(make_config(size))
     estimate = estimate_training(
@@ -238,7 +249,7 @@ def run_ours(size, options, device):
         checkpointing=options.checkpointing,
     )
     print(estimate, file=sys.stderr)
-    return rate(seconds, options) | {"estimate_gb": estimate.resident / 1e9}
+    return rate(seconds, options) | profiled | {"estimate_gb": estimate.resident / 1e9}
 
 
 def run_peer(size, options, device):
