@@ -34,8 +34,8 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     double_quant : bool, default=True
         Whether the quantization constants are quantized too, which saves 0.37 bits per parameter.
     compute_dtype : {"auto", "bfloat16", "float16", "float32"}, default="auto"
-        The precision of the products with the base's weights. "auto" is bfloat16 if the hardware
-        multiplies it, otherwise float16 (GPU) or float32 (CPU). Adapter and head are float32.
+        The precision that the base computes in. "auto" is bfloat16 if the hardware multiplies it,
+        otherwise float16 (GPU) or float32 (CPU). Adapter and head are float32.
     device : str, default="auto"
         The torch device, such as "cuda:1". "auto" takes the first available one of CUDA, XPU and
         the CPU, or spreads a large base over several GPUs, which compute one after the other.
@@ -48,7 +48,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The scale of the adapters: their output is multiplied by `lora_alpha / lora_r`.
     lora_dropout : float, default=0.05
         The share of the adapters' input features that is dropped in training. One mask is drawn for
-        each text and layer. The base's own dropout is off.
+        each update and layer. The base's own dropout is off.
     target_modules : "all-linear", str or list of str, default="all-linear"
         The linear layers that get an adapter: all of them, those whose name matches a regular
         expression, or those whose name ends with an entry of a list.

@@ -345,10 +345,10 @@ def out_of_memory_above(monkeypatch, n_tokens):
     """Let a forward pass of more tokens, padding included, run out of memory in training."""
     forward = TextModel.forward
 
-    def limited(self, input_ids, attention_mask, *, part=None):
+    def limited(self, input_ids, attention_mask, *, update=0):
         if self.training and input_ids.numel() > n_tokens:
             raise torch.OutOfMemoryError("injected")
-        return forward(self, input_ids, attention_mask, part=part)
+        return forward(self, input_ids, attention_mask, update=update)
 
     monkeypatch.setattr(TextModel, "forward", limited)
 

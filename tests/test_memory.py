@@ -20,7 +20,6 @@ from skqlora.memory.free import free_memory
 from skqlora.memory.planning import AUTO_SHARE, REFUSED_SHARE
 from skqlora.model.backbone import _count_bytes
 from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
-from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.training.recompute import checkpointed_blocks
 from skqlora.training.trainer import Trainer
 
@@ -39,8 +38,6 @@ def estimate(backbone, n_texts, n_tokens, lora=LORA, **changes):
 def kept_bytes(backbone, n_texts, n_tokens, lora=LORA, *, lora_dropout=0.0):
     """Bytes of the storages that autograd keeps of a pass, except for those there anyway."""
     model = make_model(backbone, lora, lora_dropout=lora_dropout).train()
-    for dropout in model._dropouts:
-        dropout.part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
     leaves = [segment.leaf for segment in model.replica.segments]
     there = {
         tensor.untyped_storage().data_ptr()
@@ -127,11 +124,10 @@ def peak_bytes(work):
 def peak_of_step(backbone, n_texts, n_tokens, *, checkpointing):
     """Peak of a training step of some texts, once its gradients are there."""
     model = make_model(backbone, lora_dropout=0.1).train()
-    part = RowsOfUpdate(0, n_texts, torch.arange(n_texts))
     ids = torch.randint(5, 300, (n_texts, n_tokens))
 
     def step():
-        model(ids, torch.ones_like(ids), part=part).sum().backward()
+        model(ids, torch.ones_like(ids)).sum().backward()
 
     step()
     with checkpointed_blocks(model.encoder) if checkpointing else nullcontext():

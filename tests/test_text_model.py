@@ -1,4 +1,4 @@
-"""Pooling, row dropout, the head, and adapters on their own."""
+"""Pooling, dropout, the head, and adapters on their own."""
 
 import pickle
 from dataclasses import replace
@@ -6,11 +6,13 @@ from dataclasses import replace
 import bitsandbytes as bnb
 import numpy as np
 import pytest
+import tiny
 import torch
 from helpers import (
     LORA,
     lora_parameters,
     make_backbone,
+    make_classifier,
     make_model,
     make_settings,
     random_tokens,
@@ -19,14 +21,13 @@ from helpers import (
 )
 from peft import inject_adapter_in_model
 from peft.tuners.lora.bnb import Linear4bit
-from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from skqlora.model.dropout import DropoutOfUpdates, LoraDropout
 from skqlora.model.lora import peft_config
 from skqlora.model.lora_layer import FusedLinear4bit
 from skqlora.model.prediction import predict_outputs
-from skqlora.model.row_dropout import RowDropout, RowsOfUpdate
 from skqlora.model.text_model import pool
 from skqlora.settings.adapter_settings import TextSettings
 
@@ -41,59 +42,45 @@ def test_pooling_ignores_padding():
     assert pool(hidden, mask, "mean").tolist() == [[2, 3], [7, 8]]
 
 
-def drop(x, first_row, n_rows, *, row_axis=0, step=3, seed=0, layer=0, p=0.5):
-    dropout = RowDropout(p, seed, layer, row_axis)
-    dropout.part = RowsOfUpdate(step, 8, torch.arange(first_row, first_row + n_rows))
-    return dropout(x)
+def masks_of(update=3, seed=0, p=0.5, n_layers=2, n_features=1000):
+    layers = [LoraDropout(p, n_features, "cpu", torch.float32) for _ in range(n_layers)]
+    DropoutOfUpdates(layers, seed).draw(update)
+    return torch.stack([layer.mask for layer in layers])
 
 
-def test_row_dropout_draws_one_mask_a_row_whatever_the_micro_batch():
-    whole = drop(torch.ones(8, 5, 100), 0, 8)
-    assert set(whole.unique().tolist()) == {0.0, 2.0}
-    assert (whole == whole[:, :1]).all()  # shared by the row's tokens
-    assert not torch.equal(whole[0], whole[1])
-    parts = [drop(torch.ones(4, 5, 100), first, 4) for first in (0, 4)]
-    assert torch.equal(torch.cat(parts), whole)
+def test_dropout_draws_a_mask_for_each_layer_and_update():
+    masks = masks_of()
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(masks, masks_of())
+    different = [masks[1], masks_of(update=4)[0], masks_of(seed=1)[0]]
+    assert not any(torch.equal(masks[0], other) for other in different)
+    assert masks_of(p=0.2, n_features=100_000).mean().item() == pytest.approx(0.8, abs=0.01)
 
 
-def test_row_dropout_finds_the_rows_where_a_model_keeps_them():
-    whole = drop(torch.ones(8, 5, 100), 0, 8)
-    assert torch.equal(drop(torch.ones(40, 100), 0, 8), whole.view(40, 100))
-    assert torch.equal(drop(torch.ones(8, 100), 0, 8), whole[:, 0])
-    assert torch.equal(drop(torch.ones(5, 8, 100), 0, 8, row_axis=1), whole.transpose(0, 1))
+def test_dropout_keeps_its_mask_for_an_update():
+    layer = LoraDropout(0.5, 1000, "cpu", torch.float32)
+    dropout = DropoutOfUpdates([layer], seed=0)
+    dropout.draw(0)
+    mask = layer.mask
+    dropout.draw(0)
+    assert layer.mask is mask
+    dropout.draw(1)
+    assert not torch.equal(layer.mask, mask)
 
 
-def test_only_layers_whose_input_is_the_rows_drop_out(tiny_model):
-    def kinds(model_type):
-        base = make_backbone(tiny_model(model_type))
-        encoder = make_model(base, lora_dropout=0.1).encoder
-        return {
-            name.rsplit(".", 1)[-1]: type(module.lora_dropout["default"])
-            for name, module in encoder.named_modules()
-            if hasattr(module, "lora_A")
-        }
-
-    assert set(kinds("bert").values()) == {RowDropout}
-    assert set(kinds("opt").values()) == {RowDropout}  # flattens rows and tokens
-    deberta = kinds("deberta-v2")  # multiplies the shared relative positions too
-    assert {name for name, kind in deberta.items() if kind is nn.Identity} == {
-        "query_proj",
-        "key_proj",
-    }
+def test_dropout_keeps_the_mean_and_acts_in_training_only():
+    layer = LoraDropout(0.2, 100_000, "cpu", torch.float32)
+    DropoutOfUpdates([layer], seed=0).draw(0)
+    x = torch.ones(2, 100_000)
+    assert layer(x).mean().item() == pytest.approx(1, abs=0.01)
+    assert layer.eval()(x) is x
 
 
-@pytest.mark.parametrize("change", [{"step": 4}, {"seed": 1}, {"layer": 1}])
-def test_row_dropout_follows_seed_step_and_layer(change):
-    x = torch.ones(8, 5, 100)
-    assert torch.equal(drop(x, 0, 8), drop(x, 0, 8))
-    assert not torch.equal(drop(x, 0, 8), drop(x, 0, 8, **change))
-
-
-def test_row_dropout_keeps_the_mean_and_acts_in_training_only():
-    x = torch.ones(8, 5, 10_000)
-    assert drop(x, 0, 8, p=0.2).mean().item() == pytest.approx(1, abs=0.02)
-    dropout = RowDropout(0.5, 0, 0, 0).eval()
-    assert dropout(x) is x
+@pytest.mark.parametrize("model_type", ["bert", "opt", "deberta-v2"])
+def test_all_adapted_layers_drop_out(tiny_model, model_type):
+    model = make_model(make_backbone(tiny_model(model_type)), lora_dropout=0.1)
+    kinds = {type(layer.lora_dropout["default"]) for layer in model.replica.lora_layers}
+    assert kinds == {LoraDropout}
 
 
 def test_fresh_model_drops_nothing_until_it_is_trained(backbone):
@@ -106,7 +93,7 @@ def test_fresh_model_drops_nothing_until_it_is_trained(backbone):
 def test_base_is_never_in_training_mode(backbone, use_dora):
     lora = replace(LORA, use_dora=use_dora)
     model = make_model(backbone, lora, 3, "auto", lora_dropout=0.1).train()
-    own = {"TextModel", "RowDropout", "ModuleDict", "FusedLinear4bit"}
+    own = {"TextModel", "LoraDropout", "ModuleDict", "FusedLinear4bit"}
     assert {type(m).__name__ for m in model.modules() if m.training} == own
     assert not any(layer.base_layer.training for layer in model.replica.lora_layers)
     assert not any(m.training for m in model.eval().modules())
@@ -150,6 +137,33 @@ def test_logits_of_a_decoder_equal_those_of_transformers(tiny_model, model_type,
     with torch.no_grad():
         expected = theirs(**inputs).logits
         np.testing.assert_array_equal(ours(**inputs).numpy(), expected.numpy())
+
+
+def test_an_embedding_has_an_adapter_and_no_dropout(encoder, corpus):
+    clf = make_classifier(
+        encoder, target_modules=["word_embeddings", "query"], lora_dropout=0.1, num_train_epochs=2
+    )
+    assert np.isfinite(clf.fit(*corpus).loss_curve_).all()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_autocast_leaves_adapted_layers_as_they_are(encoder, quantization):
+    base = make_backbone(encoder, quantization=quantization)  # computes in float32
+    layer = make_model(base).replica.lora_layers[0]
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = layer(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert layer.lora_B["default"].weight.grad.dtype == torch.float32
+
+
+def test_a_family_that_mixes_dtypes_is_in_float32_between_its_layers(tmp_path, corpus):
+    deberta = tiny.save_model(tmp_path, "deberta")
+    clf = make_classifier(deberta, compute_dtype="bfloat16", num_train_epochs=2)
+    assert np.isfinite(clf.fit(*corpus).loss_curve_).all()
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

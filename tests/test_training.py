@@ -240,11 +240,11 @@ def test_running_out_of_memory_computes_the_update_again_in_smaller_parts(
     forward = TextModel.forward
     sizes = []
 
-    def out_of_memory_above(self, input_ids, attention_mask, *, part=None):
+    def out_of_memory_above(self, input_ids, attention_mask, *, update=0):
         sizes.append(len(input_ids))
         if self.training and len(input_ids) > fits:
             raise error
-        return forward(self, input_ids, attention_mask, part=part)
+        return forward(self, input_ids, attention_mask, update=update)
 
     monkeypatch.setattr(TextModel, "forward", out_of_memory_above)
     with pytest.warns(RuntimeWarning, match=r"Out of memory with \d+ texts.*Pass batch_size="):
@@ -258,9 +258,9 @@ def test_short_texts_share_a_pass_and_long_ones_fill_it(backbone, monkeypatch):
     shapes = []
     forward = TextModel.forward
 
-    def noting(self, input_ids, attention_mask, *, part=None):
+    def noting(self, input_ids, attention_mask, *, update=0):
         shapes.append(tuple(input_ids.shape))
-        return forward(self, input_ids, attention_mask, part=part)
+        return forward(self, input_ids, attention_mask, update=update)
 
     monkeypatch.setattr(TextModel, "forward", noting)
     model = make_model(backbone, LORA, 3, "auto")

@@ -116,13 +116,9 @@ class BackboneSpec:
     @property
     def storage_dtype(self) -> torch.dtype:
         """The dtype of what is not quantized: embeddings and norms, or everything."""
-        if self.quantization is None:
+        if self.quantization is None or self.compute_dtype == torch.bfloat16:
             return self.compute_dtype
-        # On an accelerator bfloat16 halves the embeddings. float16 would overflow in the residual
-        # stream.
-        on_accelerator = self.device.type != "cpu"
-        halved = on_accelerator and self.compute_dtype == torch.bfloat16
-        return self.compute_dtype if halved else torch.float32
+        return torch.float32  # float16 would overflow in the residual stream
 
 
 def describe_files(model: str) -> tuple:

@@ -13,6 +13,7 @@ from skqlora.checkpoint.experts import expert_matrices
 from skqlora.checkpoint.quantizer import unquantized_layers
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.memory.tracing import Precision, trace_training
+from skqlora.model.attention import attends_in_bfloat16
 from skqlora.model.flat import PAGED_MIN_ELEMENTS
 from skqlora.settings.adapter_settings import LoraSettings
 
@@ -26,8 +27,10 @@ STATE_BYTES = {
 }
 # The bytes of torch's workspace for matrix products on Hopper GPUs. Older GPUs take 8 MiB.
 CUBLAS_BYTES = 32 << 20
-# The number of tensors, as large as the widest activations, that a block's backward pass holds.
-TRANSIENTS = 3
+# The number of tensors, as large as the widest activations, that a block's backward pass holds, and
+# their number if it begins with the block's forward pass.
+TRANSIENTS = 1
+TRANSIENTS_CHECKPOINTED = 2
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,6 @@ def estimate_training(
     dropout: bool = False,
     keep_pooler: bool = False,
     checkpointing: bool = False,
-    batch_rows: int = 0,
 ) -> MemoryEstimate:
     """Estimate the memory that a training takes, from shapes alone.
 
@@ -132,8 +134,6 @@ def estimate_training(
         Whether LoRA's dropout is active.
     keep_pooler : bool, default=False
     checkpointing : bool, default=False
-    batch_rows : int, default=0
-        The number of texts in an update, if an update has more texts than a pass.
 
     Returns
     -------
@@ -144,7 +144,8 @@ def estimate_training(
         storage=spec.storage_dtype,
         compute=spec.compute_dtype,
         quantized=spec.quantization is not None,
-        autocast=accelerated and spec.compute_dtype != torch.float32,
+        autocast=accelerated and spec.compute_dtype == torch.float16,
+        keeps_scores=attends_in_bfloat16(spec),
     )
     trace = trace_training(
         skeleton,
@@ -157,10 +158,10 @@ def estimate_training(
     )
     checkpointing = checkpointing and trace.kept_checkpointed is not None
     n_trained = trace.adapter_elements + n_outputs * (trace.hidden_size + 1)
-    itemsize = spec.compute_dtype.itemsize if precision.autocast else 4
-    transients = TRANSIENTS * n_texts * n_tokens * trace.widest * itemsize
-    transients += TRANSIENTS * trace.score_elements * itemsize
-    masks = max(batch_rows, n_texts) * trace.adapted_features if dropout else 0
+    itemsize = spec.compute_dtype.itemsize
+    widest = (n_texts * n_tokens * trace.widest + trace.score_elements) * itemsize
+    transients = (TRANSIENTS_CHECKPOINTED if checkpointing else TRANSIENTS) * widest
+    low = trace.adapter_elements * itemsize if itemsize < 4 else 0  # the adapter in 16 bits
     dequantized = trace.largest_weight * spec.compute_dtype.itemsize + trace.recomputed
     return MemoryEstimate(
         base=_count_base_bytes(skeleton, spec),
@@ -168,7 +169,7 @@ def estimate_training(
         gradients=4 * n_trained,
         optimizer=int(STATE_BYTES[optim] * n_trained),
         activations=(trace.kept_checkpointed or 0) if checkpointing else trace.kept,
-        workspace=transients + masks + dequantized + (CUBLAS_BYTES if accelerated else 0),
+        workspace=transients + low + dequantized + (CUBLAS_BYTES if accelerated else 0),
         n_texts=n_texts,
         n_tokens=n_tokens,
         gradient_checkpointing=checkpointing,

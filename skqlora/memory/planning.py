@@ -65,7 +65,6 @@ class PlannedFit:
             dropout=parameters.lora_dropout > 0,
             keep_pooler=parameters.pooling == "pooler",
             checkpointing=checkpointing,
-            batch_rows=parameters.batch_rows,
         )
 
 

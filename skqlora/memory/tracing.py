@@ -22,7 +22,9 @@ from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.torch_state import float32_by_default
 from skqlora.checkpoint.experts import expert_matrices
 from skqlora.checkpoint.modules import drop_pooler
+from skqlora.model.attention import MAX_TOKENS
 from skqlora.model.blocks import transformer_blocks
+from skqlora.model.dropout import LoraDropout
 from skqlora.model.flat import ALIGNMENT
 from skqlora.model.lora import ADAPTER, inject_lora
 from skqlora.settings.adapter_settings import LoraSettings
@@ -52,12 +54,15 @@ class Precision:
         input.
     autocast : bool
         Whether autocast to `compute` is on.
+    keeps_scores : bool
+        Whether attention keeps the scores of short texts; see `skqlora.model.attention`.
     """
 
     storage: torch.dtype
     compute: torch.dtype
     quantized: bool
     autocast: bool
+    keeps_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,6 @@ class Trace:
     recomputed : int
         The bytes that a layer's experts hold while their part of the backward pass is computed
         again, the dequantized matrices not counted.
-    adapted_features : int
-        The total number of input features of all adapted layers. Dropout's mask of a row has a
-        value for each of them.
     score_elements : int
         The number of attention scores of a layer if its kernel stores them, otherwise 0.
     """
@@ -95,7 +97,6 @@ class Trace:
     widest: int
     largest_weight: int
     recomputed: int
-    adapted_features: int
     score_elements: int
 
 
@@ -120,7 +121,7 @@ def trace_training(
     lora : LoraSettings
     precision : Precision
     dropout : bool
-        Whether LoRA's dropout is active. Each adapted layer then keeps an input of its own.
+        Whether LoRA's dropout is active. With DoRA each layer then keeps an input of its own.
     keep_pooler : bool
     n_rows, n_tokens : int
         The shape of the pass, padding included.
@@ -137,8 +138,8 @@ def trace_training(
     module = _adapted_skeleton(skeleton, lora, precision, keep_pooler=keep_pooler)
     adapted: list[Any] = [m for m in module.modules() if isinstance(m, LoraLayer)]
     if dropout:
-        for layer in adapted:
-            layer.lora_dropout[ADAPTER] = _Masked()
+        for layer in (layer for layer in adapted if ADAPTER in layer.lora_A):
+            layer.lora_dropout[ADAPTER] = _dropout_of(layer)
             layer.training = True  # DoRA then computes the layer's own product a second time
     kept = _Kept([*module.parameters(), *module.buffers()])
     blocks = list(transformer_blocks(module) or ())
@@ -172,8 +173,7 @@ def trace_training(
         widest=max(max(weight.shape) for weight in weights),
         largest_weight=max(sizes),
         recomputed=max((m.recomputed for m in experts), default=0),
-        adapted_features=sum(layer.in_features for layer in adapted),
-        score_elements=_count_scores(module, n_rows, n_tokens),
+        score_elements=_count_scores(module, precision, n_rows, n_tokens),
     )
 
 
@@ -201,10 +201,16 @@ def _adapted_skeleton(
     return module.eval()
 
 
-def _count_scores(module: PreTrainedModel, n_rows: int, n_tokens: int) -> int:
-    if module.config._attn_implementation != "eager":
+def _count_scores(module: PreTrainedModel, precision: Precision, n_rows: int, n_tokens: int) -> int:
+    scored = precision.keeps_scores and n_tokens <= MAX_TOKENS
+    if module.config._attn_implementation != "eager" and not scored:
         return 0
     return n_rows * n_tokens**2 * (getattr(module.config, "num_attention_heads", None) or 1)
+
+
+def _dropout_of(layer: Any) -> LoraDropout:
+    weight = layer.get_base_layer().weight
+    return LoraDropout(0.1, layer.in_features, weight.device, weight.dtype)
 
 
 def _dense_bytes(adapted: list[Any], precision: Precision) -> int:
@@ -258,13 +264,6 @@ class _BlockUse:
 
     def _leave(self, *_: object) -> None:
         self.kept = self._all.nbytes - self._before
-
-
-class _Masked(nn.Module):
-    """A stand-in for `RowDropout` that keeps tensors of the same sizes."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * x.new_empty([len(x), *[1] * (x.ndim - 2), x.shape[-1]])
 
 
 class _TracedExperts(nn.Module):
@@ -323,7 +322,13 @@ class _Dataless(TorchFunctionMode):
             query, key, value = args[:3]
             if precision.autocast:
                 query, key, value = (x.to(precision.compute) for x in (query, key, value))
-            return _FusedAttention.apply(query, key, value, kwargs.get("attn_mask"))
+            if precision.keeps_scores and key.shape[2] <= MAX_TOKENS:
+                return _ScoredAttention.apply(query, key, value)
+            states = (query, key, value)
+            if precision.keeps_scores:  # the kernel then computes in float32
+                states = tuple(x.float() for x in states)
+            output = _FusedAttention.apply(*states, kwargs.get("attn_mask"))
+            return output.to(query.dtype)
         if name == "_grouped_mm":  # on the meta device torch has it in bfloat16 alone
             return _GroupedProduct.apply(*args[:2])
         if name == "linear" and precision.quantized and not args[1].requires_grad:
@@ -363,7 +368,19 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask):
         if mask is not None:
             mask = mask.to(query.dtype)
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        out = torch.empty_like(query)  # which has the strides of the queries, too
+        if query.shape[-1] != value.shape[-1]:
+            out = query.new_empty(*query.shape[:-1], value.shape[-1])
         normalisers = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, out, normalisers)
         return out
+
+
+class _ScoredAttention(torch.autograd.Function):
+    """Attention that keeps the shares of all pairs of tokens, and no output."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        shares = query.new_empty(*query.shape[:-1], key.shape[-2])
+        ctx.save_for_backward(query, key, value, shares)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])

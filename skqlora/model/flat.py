@@ -42,6 +42,7 @@ class FlatParameters:
             n_elements += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         device = next(iter(self._parameters.values())).device
         self.leaf = nn.Parameter(torch.zeros(n_elements, dtype=torch.float32, device=device))
+        self._low: torch.Tensor | None = None
         for name, parameter in self._parameters.items():
             view = self._view(self.leaf.data, name)
             view.copy_(parameter.data)
@@ -49,8 +50,9 @@ class FlatParameters:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the values in memory."""
-        return self.leaf.nbytes
+        """The bytes of the values in memory, with those of a copy in another dtype."""
+        copied = self._low is not None and self._low.dtype != self.leaf.dtype
+        return self.leaf.nbytes + (self._low.nbytes if copied and self._low is not None else 0)
 
     def load_state_dict(self, values: Mapping[str, np.ndarray]) -> None:
         """Set every parameter, with a single copy to the device.
@@ -71,6 +73,17 @@ class FlatParameters:
         """Return the values of every parameter, as views of a single copy from the device."""
         host = self.leaf.detach().to("cpu", copy=True).numpy()
         return {name: self._view(host, name) for name in self._slots}
+
+    def low(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the parameters in another dtype, as they are after the next `refresh`."""
+        if self._low is None:
+            self._low = self.leaf.detach().to(dtype)  # the leaf's own memory, if that is its dtype
+        return {name: self._view(self._low, name) for name in self._slots}
+
+    def refresh(self) -> None:
+        """Bring the copies in another dtype up to date, with a single copy."""
+        if self._low is not None and self._low.dtype != self.leaf.dtype:
+            self._low.copy_(self.leaf.detach())
 
     def attach_gradients(self) -> None:
         """Give the parameters zero gradients to add to, which are views of the leaf's gradient.

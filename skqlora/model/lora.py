@@ -16,7 +16,7 @@ from skqlora._utils.libraries import library_lock, muted
 from skqlora.checkpoint.experts import find_routers, has_experts
 from skqlora.checkpoint.modules import NoRandomInit, replicate
 from skqlora.model.blocks import modules_in_layers
-from skqlora.model.lora_layer import FusedLinear4bit
+from skqlora.model.lora_layer import FusedLinear, FusedLinear4bit
 from skqlora.settings.adapter_settings import LoraSettings
 from skqlora.settings.parameters import Parameters
 
@@ -75,7 +75,10 @@ def peft_config(lora: LoraSettings, module: nn.Module) -> LoraConfig:
         init_lora_weights=lora.init_lora_weights,  # type: ignore[arg-type]
         fan_in_fan_out=has_conv1d(module),
     )
-    config._register_custom_module({bnb.nn.Linear4bit: FusedLinear4bit})
+    fused: dict[type[nn.Module], type[nn.Module]] = {bnb.nn.Linear4bit: FusedLinear4bit}
+    if not has_conv1d(module):  # `fan_in_fan_out` is for all layers, and only PEFT looks at each
+        fused[nn.Linear] = FusedLinear
+    config._register_custom_module(fused)
     return config
 
 

@@ -3,7 +3,6 @@
 This module knows nothing of how a base is loaded, nor of heads, texts or training.
 """
 
-import functools
 import math
 import threading
 import weakref
@@ -21,6 +20,7 @@ from skqlora.adapter import AdapterState, check_shapes
 from skqlora.checkpoint.modules import drop_pooler, replicate
 from skqlora.model.flat import FlatParameters
 from skqlora.model.lora import ADAPTER, inject_lora
+from skqlora.model.lora_layer import FusedLinear, FusedLinear4bit, dtype_of_products
 from skqlora.settings.adapter_settings import LoraSettings
 
 MAX_FREE_REPLICAS = 8
@@ -93,6 +93,7 @@ class AdaptedReplica:
             if "lora_magnitude_vector" in name
         }
         self._held: weakref.ref[AdapterState] | None = None
+        self._share_low_copies()
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +109,11 @@ class AdaptedReplica:
     def lora_layers(self) -> list[Any]:
         """The layers that carry an adapter, in the order of the model."""
         return [layer for layer in self.module.modules() if isinstance(layer, LoraLayer)]
+
+    def refresh(self) -> None:
+        """Bring what the layers compute with up to date with the adapter's values."""
+        for segment in self.segments:
+            segment.refresh()
 
     def reset_parameters(self, lora: LoraSettings, seed: int) -> None:
         """Set the first values that PEFT would give the adapter, drawn from the seed alone.
@@ -154,37 +160,29 @@ class AdaptedReplica:
         """Note that the values are those of `state`, just captured from or loaded into them."""
         self._held = weakref.ref(state)
 
-    @functools.cached_property
-    @torch.no_grad()
-    def row_axes(self) -> list[int | None]:
-        """The axis of the rows in the input of each adapted layer, or None if it has no such axis.
-
-        The axes are found by running three rows of five tokens. A layer has no such axis if its
-        inputs are not always rows: DeBERTa's layers of queries and keys also serve relative
-        positions, which all rows share.
-        """
-        n_rows, n_tokens = 3, 5
-        layers = self.lora_layers
-        axes: dict[Any, set[int | None]] = {layer: set() for layer in layers}
-
-        def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            sizes = inputs[0].shape[:-1]
-            rows = [i for i, size in enumerate(sizes) if size in (n_rows, n_rows * n_tokens)]
-            axes[layer].add(rows[0] if rows else None)
-
-        hooks = [layer.register_forward_pre_hook(record) for layer in layers]
-        ids = torch.full((n_rows, n_tokens), 5, device=self.module.device)
-        self.module(input_ids=ids, attention_mask=torch.ones_like(ids))
-        for hook in hooks:
-            hook.remove()
-        return [axes[layer].pop() if len(axes[layer]) == 1 else None for layer in layers]
-
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return a copy of the adapter's values, by their names in the module."""
         values: dict[str, np.ndarray] = {}
         for segment in self.segments:
             values |= segment.state_dict()
         return values
+
+    def _share_low_copies(self) -> None:
+        """Give layers A and B in the dtype of their products, cast together and not one by one."""
+        if self.shape.use_dora:  # PEFT's own layers
+            return
+        fused = FusedLinear | FusedLinear4bit
+        layers = {name: m for name, m in self.module.named_modules() if isinstance(m, fused)}
+        dtypes = {dtype_of_products(layer.base_layer) for layer in layers.values()}
+        if len(dtypes) != 1:  # layers that a family wants in float32
+            return
+        [dtype] = dtypes
+        low: dict[str, torch.Tensor] = {}
+        for segment in self.segments:
+            low |= segment.low(dtype)
+        for name, layer in layers.items():
+            lower, upper = (low[f"{name}.lora_{factor}.{ADAPTER}.weight"] for factor in "AB")
+            layer.low = lower, upper
 
     def _load_state_dict(self, values: Mapping[str, np.ndarray]) -> None:
         for segment in self.segments:

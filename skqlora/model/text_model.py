@@ -13,9 +13,9 @@ from torch import nn
 
 from skqlora.adapter import AdapterState, check_shapes
 from skqlora.model.backbone import Backbone
+from skqlora.model.dropout import DropoutOfUpdates, LoraDropout
 from skqlora.model.lora import ADAPTER
 from skqlora.model.replicas import AdaptedReplica
-from skqlora.model.row_dropout import RowDropout, RowsOfUpdate
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 
 HEAD_INIT_STD = 0.02  # the standard deviation of a new classification head in transformers
@@ -57,7 +57,7 @@ class TextModel(nn.Module):
             dtype=torch.float32,
             device="meta",  # it draws no random numbers there
         ).to_empty(device=backbone.spec.device)
-        self._dropouts: list[RowDropout] = []
+        self._dropout: DropoutOfUpdates | None = None
         self.head.eval()
         self.training = False  # like all of the replica
 
@@ -67,7 +67,7 @@ class TextModel(nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
         *,
-        part: RowsOfUpdate | None = None,
+        update: int = 0,
     ) -> torch.Tensor:
         """Compute the outputs of the head for some texts, such as the logits of their classes.
 
@@ -77,15 +77,15 @@ class TextModel(nn.Module):
             The token ids and their mask, padded on the right.
         token_type_ids : torch.Tensor of int64, of shape (b, t), optional
             Of which of two texts each token is, for models that are told so.
-        part : RowsOfUpdate, optional
-            In training, the rows of the update that the pass holds. Dropout has a mask for each.
+        update : int, default=0
+            In training, the number of the update, which has a mask of dropout of its own.
 
         Returns
         -------
         outputs : torch.Tensor of float32, of shape (b, k)
         """
-        for dropout in self._dropouts:
-            dropout.part = part
+        if self.training and self._dropout is not None:
+            self._dropout.draw(update)
         features = self.encode(input_ids, attention_mask, token_type_ids)
         return self.head(features)  # (b, d) @ (d, k)
 
@@ -96,10 +96,11 @@ class TextModel(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the input of the head: one float32 vector a text, of shape (b, d)."""
+        self.replica.refresh()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:  # not every model has this argument
             inputs["token_type_ids"] = token_type_ids
-        with self.backbone.autocast():
+        with self.backbone.autocast(by_peft=self.lora.use_dora):
             # Each adapted linear layer computes dequantize(W) x + scaling * B A dropout(x): W is
             # frozen and has 4 bits, A and B are trained in float32. See lora_layer.py.
             output = self.encoder(**inputs)
@@ -160,7 +161,7 @@ class TextModel(nn.Module):
                 _check_adapter_settings(lora, pooling, start)
                 replica.load_adapter(start)
                 model.load_head(start.head_tensors)
-            with model._row_dropout(lora_dropout, seed):
+            with model._with_dropout(lora_dropout, seed):
                 yield model
 
     @classmethod
@@ -229,19 +230,20 @@ class TextModel(nn.Module):
         return state
 
     @contextmanager
-    def _row_dropout(self, p: float, seed: int) -> Iterator[None]:
-        """Put dropout before the layers whose row axis is known, for the time of a training."""
+    def _with_dropout(self, p: float, seed: int) -> Iterator[None]:
+        """Put dropout before the adapted layers, for the time of a training."""
         if p == 0:
             yield
             return
-        layers = self.replica.lora_layers
-        for number, (layer, row_axis) in enumerate(zip(layers, self.replica.row_axes, strict=True)):
-            if row_axis is not None:
-                dropout = RowDropout(p, seed, number, row_axis).eval()
-                layer.lora_dropout[ADAPTER] = dropout
-                self._dropouts.append(dropout)
+        # An embedding, which has an adapter of another kind, has no dropout.
+        layers = [layer for layer in self.replica.lora_layers if ADAPTER in layer.lora_A]
+        for layer in layers:
+            where = layer.lora_A[ADAPTER].weight.device, self.backbone.spec.compute_dtype
+            layer.lora_dropout[ADAPTER] = LoraDropout(p, layer.in_features, *where).eval()
+        dropouts = [layer.lora_dropout[ADAPTER] for layer in layers]
+        self._dropout = DropoutOfUpdates(dropouts, seed) if dropouts else None
         yield
-        self._dropouts.clear()
+        self._dropout = None
         for layer in layers:
             layer.lora_dropout[ADAPTER] = nn.Identity()
 

@@ -19,11 +19,10 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from skqlora.adapter import OptimizerState, TrainerState
-from skqlora.checkpoint.device import is_out_of_memory
+from skqlora.checkpoint.device import empty_cache, is_out_of_memory, to_device
 from skqlora.memory.planning import largest_pass
 from skqlora.model.flat import FlatParameters
 from skqlora.model.losses import LOSSES
-from skqlora.model.row_dropout import RowsOfUpdate
 from skqlora.model.text_model import TextModel
 from skqlora.settings.settings import Settings
 from skqlora.text.batches import TokenizedTexts, cut_by_tokens, training_batches
@@ -275,9 +274,7 @@ class Trainer:
         share = self.ranks.share(len(rows))
         for part_of_share in self._parts(rows[share]):
             self._places = share[part_of_share]
-            places = torch.from_numpy(self._places).to(self.device)
-            part = RowsOfUpdate(self.n_updates, len(rows), places)
-            loss_of_part = self._loss(rows[self._places], part)
+            loss_of_part = self._loss(rows[self._places])
             self.scaler.scale(loss_of_part / n_losses).backward()
             loss += loss_of_part.detach()
         return loss
@@ -289,8 +286,7 @@ class Trainer:
         """Continue with half as many rows in a pass, which leaves the update the same."""
         half = (n_rows + 1) // 2
         self.micro_tokens = half * n_tokens
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).empty_cache()
+        empty_cache(self.device)
         batch_size = max(1, self.micro_tokens // int(self.tokens.lengths.max()))
         while self.batch_rows % batch_size:  # an update keeps its number of texts
             batch_size -= 1
@@ -345,14 +341,16 @@ class Trainer:
         ):
             group["lr"] = base * factor(resumed.schedule_step)
 
-    def _loss(self, rows: np.ndarray, part: RowsOfUpdate | None = None) -> torch.Tensor:
+    def _loss(self, rows: np.ndarray) -> torch.Tensor:
         """Compute the sum of the weighted losses of a micro-batch."""
-        inputs = {name: x.to(self.device) for name, x in self.tokens.batch(rows).items()}
+        targets = torch.from_numpy(self.targets[rows])
+        weights = torch.from_numpy(self.weights[rows]).float()
+        inputs = self.tokens.batch(rows) | {"targets": targets, "weights": weights}
+        inputs = to_device(inputs, self.device)
+        targets, weights = inputs.pop("targets"), inputs.pop("weights")
         if self.prefix is not None:
             self.prefix.feed(rows)
-        targets = torch.as_tensor(self.targets[rows], device=self.device)
-        weights = torch.as_tensor(self.weights[rows], dtype=torch.float32, device=self.device)
-        losses = self.loss(self.model(**inputs, part=part), targets)
+        losses = self.loss(self.model(**inputs, update=self.n_updates), targets)
         return (weights * losses).sum()
 
     def _apply(self) -> None:
