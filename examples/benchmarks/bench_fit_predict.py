@@ -351,11 +351,10 @@ def print_table(runs):
         for side in dict.fromkeys(run["side"] for run in of_work if run["side"] != "skqlora"):
             peer = [run for run in of_work if run["side"] == side]
             for key, name in FIGURES.items():
-                mine, theirs = ([run[key] for run in runs] for runs in (ours, peer))
-                ratios = [a / b for a, b in zip(mine, theirs, strict=True) if b]
-                ratio = statistics.median(
-                    ratios or [float("nan")]
-                )  # SetFit's tokens are not counted
+                mine, theirs = ([run[key] for run in of_side] for of_side in (ours, peer))
+                # SetFit's tokens are not counted.
+                ratios = [a / b for a, b in zip(mine, theirs, strict=True) if b] or [np.nan]
+                ratio = statistics.median(ratios)
                 print(
                     f"| {work} against {side} | {name} | {statistics.median(mine):.3g} | "
                     f"{statistics.median(theirs):.3g} | {ratio:.2f} |"

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from skqlora.checkpoint.device import is_out_of_memory
+from skqlora.checkpoint.device import is_out_of_memory, to_device
 from skqlora.model.backbone import Backbone
 from skqlora.model.blocks import replaced_forwards, transformer_blocks
 from skqlora.model.text_model import TextModel
@@ -138,11 +138,7 @@ def _can_be_cut(run: "_PrefixRun", dtype: torch.dtype | None) -> bool:
 
 @torch.no_grad()
 def _logits(run: "_PrefixRun", rows: np.ndarray) -> torch.Tensor:
-    return run.model(**_on(run.model.backbone.spec.device, run.tokens.batch(rows)))
-
-
-def _on(device: torch.device, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: x.to(device) for name, x in inputs.items()}
+    return run.model(**to_device(run.tokens.batch(rows), run.model.backbone.spec.device))
 
 
 def _agree(
@@ -204,7 +200,7 @@ class _PrefixRun:
         handles = [block.register_forward_hook(self._note_form) for block in self._blocks]
         handles.append(self._last.register_forward_pre_hook(stop, with_kwargs=True))
         try:
-            self.model(**_on(self.model.backbone.spec.device, inputs))
+            self.model(**to_device(inputs, self.model.backbone.spec.device))
         except _Reached:
             pass
         finally:

@@ -343,15 +343,14 @@ class Trainer:
 
     def _loss(self, rows: np.ndarray) -> torch.Tensor:
         """Compute the sum of the weighted losses of a micro-batch."""
+        inputs = to_device(self.tokens.batch(rows), self.device)
         targets = torch.from_numpy(self.targets[rows])
         weights = torch.from_numpy(self.weights[rows]).float()
-        inputs = self.tokens.batch(rows) | {"targets": targets, "weights": weights}
-        inputs = to_device(inputs, self.device)
-        targets, weights = inputs.pop("targets"), inputs.pop("weights")
+        wanted = to_device({"targets": targets, "weights": weights}, self.device)
         if self.prefix is not None:
             self.prefix.feed(rows)
-        losses = self.loss(self.model(**inputs, update=self.n_updates), targets)
-        return (weights * losses).sum()
+        outputs = self.model(**inputs, update=self.n_updates)
+        return (wanted["weights"] * self.loss(outputs, wanted["targets"])).sum()
 
     def _apply(self) -> None:
         for segment in self.segments:
