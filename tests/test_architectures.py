@@ -10,6 +10,7 @@ import transformers
 from helpers import make_backbone, make_classifier
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from shrunken import save_family
 
 from skqlora.checkpoint.architecture import check_architecture
 
@@ -104,6 +105,14 @@ def test_model_that_runs_wrongly_is_refused_by_name(tmp_path, model_type, messag
     folder = tiny.save_model(tmp_path, model_type)
     with pytest.raises(ValueError, match=rf"\({model_type}\) {message}"):
         make_backbone(folder)
+
+
+@pytest.mark.parametrize("family", ["convbert", "mobilebert", "nystromformer", "yoso"])
+def test_model_that_heeds_padding_a_little_is_refused_in_any_precision(tmp_path, family):
+    folder = save_family(tmp_path, family)
+    for compute_dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="gives a text another result beside a longer one"):
+            make_backbone(folder, compute_dtype=compute_dtype)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])

@@ -27,6 +27,7 @@ from skqlora.model.blocks import transformer_blocks
 from skqlora.model.dropout import LoraDropout
 from skqlora.model.flat import ALIGNMENT
 from skqlora.model.lora import ADAPTER, inject_lora
+from skqlora.model.norm import use_fused_norms
 from skqlora.settings.adapter_settings import LoraSettings
 
 # The names of the functions that autocast computes in the lower precision and in float32, as far as
@@ -196,6 +197,8 @@ def _adapted_skeleton(
         if precision.quantized and expert_matrices(layer):
             experts_class: Any = type(layer.to(precision.compute))
             layer.__class__ = _traced_class(experts_class)
+    if precision.storage == torch.bfloat16:
+        use_fused_norms(module)
     with torch.device("meta"):
         inject_lora(lora, module)
     return module.eval()

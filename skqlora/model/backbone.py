@@ -19,6 +19,7 @@ from skqlora.checkpoint.fingerprint import Fingerprint
 from skqlora.checkpoint.loading import hash_as_version_1, load_base
 from skqlora.checkpoint.spec import BackboneSpec
 from skqlora.model.attention import attends_in_bfloat16, use_bfloat16_attention
+from skqlora.model.norm import use_fused_norms
 from skqlora.model.replicas import AdaptedReplica, ReplicaPool
 from skqlora.model.trial import try_base
 from skqlora.settings.adapter_settings import LoraSettings
@@ -73,6 +74,8 @@ class Backbone:
         freeze(module, spec.compute_dtype)
         if attends_in_bfloat16(spec):
             use_bfloat16_attention(module)
+        if spec.storage_dtype == torch.bfloat16:
+            use_fused_norms(module)
         hidden_size, causal = _try_in_either_precision(module, spec)
         replicas = ReplicaPool(module, _count_bytes(module))
         return cls(module, spec, fingerprint, hidden_size, causal, replicas)
