@@ -133,12 +133,11 @@ def estimates_of(model_type, settings):
             spec,
             LORA,
             optim="paged_adamw_32bit",
-            n_classes=N_CLASSES,
+            n_outputs=N_CLASSES,
             n_texts=n_texts,
             n_tokens=n_tokens,
             dropout=True,
             checkpointing=checkpointing,
-            batch_rows=BATCH,
         )
         for n_texts, n_tokens, checkpointing in (
             (BATCH, 64, False),

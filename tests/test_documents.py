@@ -6,6 +6,7 @@ runs them.
 
 import ast
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -124,3 +125,13 @@ def test_quoted_messages_are_ours():
     for message in quoted:
         parts = re.split(r"'[^']*'|\([\d, ]+\)|\d[\d.,]*%?|\b(?:X|y|nan|float|str)\b", message)
         assert re.search(".{1,80}?".join(map(re.escape, parts)), code), message
+
+
+def test_sizes_of_the_guide_are_those_of_an_estimate():
+    spec = importlib.util.spec_from_file_location("sizes", ROOT / "docs" / "sizes.py")
+    sizes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sizes)
+    page = (ROOT / "docs" / "guide" / "models.md").read_text()
+    for name in ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-8B-Base"):
+        gigabytes = [f"{n / 1e9:.1f}" for n in sizes.estimates_of(*sizes.MODELS[name])]
+        assert f"| `{name}` | {' | '.join(gigabytes)} |" in page
