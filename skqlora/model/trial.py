@@ -94,7 +94,8 @@ def try_base(base: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
         first, _, second = hidden_states(long), hidden_states(changed), hidden_states(long)
         _check_equal(first, second, spec, f"{name} gives a long text another result after a short")
     error, allowed = _difference(module, plain, beside_longer), tolerance
-    if error <= allowed and spec.storage_dtype == torch.bfloat16 and not has_experts(module):
+    in_16_bits = spec.storage_dtype == torch.bfloat16 and spec.quantization is not None
+    if error <= allowed and in_16_bits and not has_experts(module):
         with suppress(Exception):  # some code takes nothing but the dtype of the weights
             _compute_in_float32(module)
             plain, beside_longer = hidden_states(ids), hidden_states(both, mask)[: len(plain)]
