@@ -33,12 +33,15 @@ UNBUILT = "cannot be built by transformers"
 HEAD = """\
 # Families of models
 
-These are the {total} families of transformers {version} that predict tokens, classify texts, or
-read texts and images. `skqlora` takes {accepted} of them. `python docs/families.py` made the list:
-it tries the default configuration of each family, without weights. A checkpoint may differ from
-the default. Whether it runs as a text model shows when it is loaded; if it does not, it is refused
-by name. The family of a model is the `model_type` in its config.json: that of Qwen3.5 is qwen3_5,
-and that of SmolLM2 is llama.
+`skqlora` can adapt models of {accepted} of the {total} families of transformers {version} that
+predict tokens, classify texts, or read texts and images. A *family* is an architecture for which
+transformers has code. You find the family of a model as `model_type` in its config.json: that of
+Qwen3.5 is qwen3_5, and that of SmolLM2 is llama. If you look for a model and not for a family,
+read [Choosing a model](guide/models.md).
+
+The list comes from `python docs/families.py`, which tries the default configuration of each family
+without weights. A checkpoint may differ from the default. Whether it works is checked when it is
+loaded, and if it does not, `fit` refuses it with the reason.
 
 """
 TEXTS = """\
@@ -50,8 +53,8 @@ TEXTS = """\
 TOWERS = """\
 ## Text models within others
 
-A checkpoint of these families holds a text model together with towers for images or sound. Only the
-text model is read, with the family in parentheses.
+A checkpoint of these families holds a text model together with other models, for images or sound.
+Only the text model is read. Its own family is in parentheses.
 
 {names}.
 
@@ -59,7 +62,8 @@ text model is read, with the family in parentheses.
 ENCODERS = """\
 ## Encoders of encoder-decoders
 
-Only the encoder is read, and the mean over its tokens is classified.
+These families turn one text into another by two models: an encoder that reads and a decoder that
+writes. Only the encoder is read, and the mean of its outputs over the tokens is classified.
 
 {names}.
 
@@ -67,7 +71,8 @@ Only the encoder is read, and the mean over its tokens is classified.
 EXPERTS = """\
 ## Mixtures of experts
 
-These families keep most of their weights in experts, which are quantized to 4 bits too.
+Layers of these families have many alternative parts, the *experts*, of which each token uses a few.
+Most of the weights are in them, and they are quantized to 4 bits too.
 
 {names}.
 
@@ -75,14 +80,16 @@ These families keep most of their weights in experts, which are quantized to 4 b
 REFUSED = """\
 ## Refused
 
+`fit` refuses models of these families before it loads them, with the reason given here.
+
 | family | why |
 |---|---|
 {refused}
 
-## Not told by the default configuration
+## Unknown from the default configuration
 
-transformers cannot build these from their default configurations, which lack what a checkpoint
-says. So a checkpoint of such a family may well be accepted.
+transformers cannot build these families from their default configurations, in which something is
+missing that a checkpoint has. So `skqlora` may well accept a checkpoint of such a family.
 
 | family | why |
 |---|---|
