@@ -1,5 +1,12 @@
 """Sphinx configuration: ``python -m sphinx -W --keep-going docs docs/_build/html``."""
 
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+from numpydoc.xref import DEFAULT_LINKS
+
 import skqlora
 
 project = "skqlora"
@@ -12,6 +19,7 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.linkcode",
     "matplotlib.sphinxext.plot_directive",
     "sphinx-mathjax-offline",
     "sphinx_copybutton",
@@ -23,7 +31,7 @@ templates_path = ["_templates"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 root_doc = "index"
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # Class and method pages as scikit-learn has them: one for each name of api.rst.
@@ -31,8 +39,39 @@ autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc sections say it
 numpydoc_show_class_members = True
 numpydoc_class_members_toctree = False
-numpydoc_show_inherited_class_members = False
-suppress_warnings = ["ref.ref"]  # scikit-learn's docstrings that we inherit refer to its pages
+numpydoc_show_inherited_class_members = True
+# The types of parameters and attributes that are classes of ours link to their pages. Other types
+# would be links to Python's and NumPy's sites, whose inventories have to be fetched for each build.
+DEFAULT_LINKS.clear()
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = {
+    name.rpartition(".")[2]: name
+    for name in re.findall(r"~(\S+)", (Path(__file__).parent / "api.rst").read_text())
+}
+toc_object_entries_show_parents = "hide"
+# scikit-learn's docstrings that we inherit refer to its own pages and its glossary.
+suppress_warnings = ["ref.ref", "ref.term"]
+
+SOURCES = "https://github.com/skqlora/skqlora/blob"
+
+
+def linkcode_resolve(domain, info):
+    """Return the lines on GitHub of a documented object, or None if they are not ours.
+
+    This is not viewcode, which finds no source of inherited methods, such as `save`.
+    """
+    found = importlib.import_module(info["module"])
+    for name in info["fullname"].split("."):
+        found = getattr(found, name, None)
+    found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+    if not getattr(found, "__module__", "").startswith("skqlora"):
+        return None
+    path = Path(inspect.getsourcefile(found)).relative_to(Path(skqlora.__file__).parents[1])
+    lines, start = inspect.getsourcelines(found)
+    version = "main" if "dev" in release else f"v{release}"
+    return f"{SOURCES}/{version}/{path.as_posix()}#L{start}-L{start + len(lines) - 1}"
+
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
@@ -53,12 +92,15 @@ sphinx_gallery_conf = {
 
 html_theme = "pydata_sphinx_theme"
 html_title = "skqlora"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "show_prev_next": False,
     "navigation_with_keys": False,
     "header_links_before_dropdown": 4,
     "secondary_sidebar_items": ["page-toc"],
+    "show_toc_level": 2,  # the methods of a class
     "pygments_light_style": "tango",
     "footer_start": ["copyright"],
     "footer_end": [],

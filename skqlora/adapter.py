@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from skqlora._utils.tables import html_table
 from skqlora.settings.adapter_settings import LoraSettings, TextSettings
 from skqlora.settings.settings import Settings
 from skqlora.text.columns import Columns
@@ -134,7 +135,7 @@ class TrainerState:
     scaler: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Footprint:
     """The size of a base in memory and of what is trained on it.
 
@@ -167,14 +168,24 @@ class Footprint:
         """The number of trained parameters divided by that of the base's parameters."""
         return self.trainable_parameters / (self.quantized_parameters + self.other_parameters)
 
-    def __str__(self) -> str:
-        def line(name: str, parameters: int, n_bytes: int, remark: str) -> str:
-            millions, megabytes = parameters / 1e6, n_bytes / 1e6
-            return f"{name:13}{millions:9.2f} M parameters {megabytes:9.2f} MB  ({remark})"
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {count} in {size}" for name, count, size, _ in self._rows())
+        return f"Footprint({parts})"
 
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{name:13}{count:>22} {size:>12}  ({remark})"
+            for name, count, size, remark in self._rows()
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table("Size of the base and of what is trained", self._rows())
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """Return the rows of the table: a part, its parameters, its size and a remark."""
         bits = (
             f"{self.bits_per_quantized_parameter:.3f} bits each; "
-            f"{2 * self.quantized_parameters / 1e6:.2f} MB in 16"
+            f"{2 * self.quantized_parameters / 1e6:.2f} MB in 16 bits"
         )
         share = f"{self.trainable_share:.2%} of the model"
         rows = [
@@ -182,7 +193,11 @@ class Footprint:
             ("not quantized", self.other_parameters, self.other_bytes, "embeddings, norms ..."),
             ("trained", self.trainable_parameters, 4 * self.trainable_parameters, share),
         ]
-        return "\n".join(line(*row) for row in rows if row[1])
+        return [
+            (name, f"{count / 1e6:.2f} M parameters", f"{n_bytes / 1e6:.2f} MB", remark)
+            for name, count, n_bytes, remark in rows
+            if count
+        ]
 
 
 @dataclass(frozen=True, eq=False)

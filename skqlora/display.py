@@ -36,6 +36,13 @@ class LossCurveDisplay:
     score_line_ : matplotlib.lines.Line2D or None
         The curve of the validation score.
 
+    See Also
+    --------
+    QLoRAClassifier : Has the curves of its fit in `loss_curve_` and `validation_scores_`.
+    QLoRARegressor : Has the same attributes.
+    sklearn.model_selection.LearningCurveDisplay : Plot scores over the number of texts.
+    sklearn.model_selection.ValidationCurveDisplay : Plot scores over the values of a parameter.
+
     Examples
     --------
     >>> from skqlora import LossCurveDisplay

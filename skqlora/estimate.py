@@ -48,6 +48,12 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     RuntimeError
         If the model's computation depends on values, so that shapes do not determine its memory.
 
+    See Also
+    --------
+    QLoRAClassifier : Has the size of the loaded base in `footprint_` after a fit.
+    QLoRARegressor : The same for numbers instead of classes.
+    backbone_cache_info : Return the size of the bases that are loaded now.
+
     Notes
     -----
     Packed weights and their constants are counted as bitsandbytes lays them out (QLoRA [1]_,
@@ -66,9 +72,9 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     adapter and head                     40.4 MB
     their gradients                      40.4 MB
     optimizer, paged                     80.8 MB
-    activations of 4 x 512 tokens     3,860.3 MB
+    activations of 4 x 512 tokens     3,273.1 MB
     workspace                            72.6 MB
-    total                             4,632.9 MB
+    total                             4,045.7 MB
     """
     kind = QLoRARegressor if "loss" in params else QLoRAClassifier
     check_scalar(n_classes, "n_classes", Integral, min_val=1 if kind is QLoRARegressor else 2)

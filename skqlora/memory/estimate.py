@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from skqlora._utils.tables import html_table
 from skqlora.checkpoint.experts import expert_matrices
 from skqlora.checkpoint.quantizer import unquantized_layers
 from skqlora.checkpoint.spec import BackboneSpec
@@ -33,7 +34,7 @@ TRANSIENTS = 1
 TRANSIENTS_CHECKPOINTED = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryEstimate:
     """The bytes that a fit takes at its peak, by what takes them.
 
@@ -83,7 +84,21 @@ class MemoryEstimate:
         """The sum of all parts that cannot leave the device."""
         return self.total - (self.optimizer if self.optimizer_paged else 0)
 
+    def __repr__(self) -> str:
+        parts = ("base", "adapter", "gradients", "optimizer", "activations", "workspace", "total")
+        sizes = ", ".join(f"{part}={_megabytes(getattr(self, part))}" for part in parts)
+        return f"MemoryEstimate({sizes}, n_texts={self.n_texts}, n_tokens={self.n_tokens})"
+
     def __str__(self) -> str:
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {size:>13}" for name, size in rows)
+
+    def _repr_html_(self) -> str:
+        return html_table("Memory of the fit at its peak", self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Return the rows of the table: a part and its size."""
         again = ", computed again in the backward pass" if self.gradient_checkpointing else ""
         rows = [
             ("base", self.base),
@@ -97,8 +112,11 @@ class MemoryEstimate:
             ("workspace", self.workspace),
             ("total", self.total),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {size / 1e6:10,.1f} MB" for name, size in rows)
+        return [(name, _megabytes(size)) for name, size in rows]
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
 
 
 def estimate_training(

@@ -1,9 +1,9 @@
 """The settings of one fit: its parameters, with a choice where the user left it open."""
 
-import html
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from skqlora._utils.tables import html_table
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.settings.parameters import Parameters
 from skqlora.settings.recipe import (
@@ -88,12 +88,7 @@ class Settings(Parameters):
         return "\n".join(line.rstrip() for line in lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align: left'>{name}</th><td>{html.escape(value)}</td>"
-            f"<td>{by}</td></tr>"
-            for name, value, by in self._rows()
-        )
-        return f"<table><caption>Settings of the fit</caption><tbody>{rows}</tbody></table>"
+        return html_table("Settings of the fit", self._rows())
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Return the rows of the table: a name, its value and who chose it."""
