@@ -17,7 +17,8 @@ from skqlora._utils.libraries import import_libraries
 from skqlora.adapter import Fitted
 from skqlora.persistence import saving
 from skqlora.persistence.folders import written_folder
-from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
+from skqlora.settings.constraints import PARAMETER_CONSTRAINTS, check_scoring
+from skqlora.settings.names import check_names
 from skqlora.settings.parameters import read_parameters
 from skqlora.text.columns import Columns, check_fields, read_table
 from skqlora.text.feature_names import NOTED, check_columns, find_columns, readable
@@ -302,6 +303,34 @@ class BaseQLoRA(CallbackSupportMixin, BaseEstimator):
 
         with written_folder(path, last="config.json") as folder:
             write_merged(read_parameters(self), fitted, folder, dtype)
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters by name.
+
+        Parameters
+        ----------
+        **params : dict
+            The parameters and their new values.
+
+        Returns
+        -------
+        self : QLoRAClassifier or QLoRARegressor
+            The estimator.
+
+        Raises
+        ------
+        ValueError
+            If there is no such parameter. The message suggests one.
+        """
+        names = (name.partition("__")[0] for name in params)  # `name__inner` is scikit-learn's
+        message = check_names(names, self._get_param_names(), type(self).__name__)
+        if message is not None:
+            raise ValueError(message)
+        return super().set_params(**params)
+
+    def _validate_params(self) -> None:
+        super()._validate_params()
+        check_scoring(self.scoring)
 
     def _compute_outputs(self, X: Any) -> tuple[Fitted, np.ndarray]:
         """Return the fit, and its outputs of shape (n_texts, n_outputs)."""

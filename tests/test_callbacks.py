@@ -125,11 +125,3 @@ def test_scores_come_back_from_worker_processes(clf, texts, labels):
     scores = monitor.get_logs().data_as_pandas["accuracy"].dropna()
     # An epoch or a whole fit each; four fits in the workers and the last one here.
     assert len(scores) == 5 * (clf.num_train_epochs + 1)
-
-
-def test_progress_bar_tells_loss_and_speed(clf, corpus, capsys):
-    clf.set_params(verbose=1).fit(*corpus)
-    shown = capsys.readouterr().err
-    assert "fit: 100%" in shown
-    assert "loss=" in shown
-    assert "texts/s" in shown

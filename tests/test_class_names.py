@@ -51,7 +51,9 @@ def test_first_guess_is_the_language_models_own(family, tied, tmp_path, corpus):
 def test_training_goes_on_from_there(tmp_path, corpus):
     texts, labels = corpus
     folder = save_causal(tmp_path, "llama", tied=False)
-    clf = make_classifier(folder, init_head_weights="class_names", num_train_epochs=6)
+    clf = make_classifier(
+        folder, init_head_weights="class_names", prompt=PROMPT, num_train_epochs=9
+    )
     clf.fit(texts, labels)
     assert clf.score(texts, labels) > 0.9
 
@@ -60,7 +62,8 @@ def test_partial_fit_starts_there_too(tmp_path, corpus):
     texts, labels = corpus
     folder = save_causal(tmp_path, "llama", tied=True)
     first, second = (
-        make_classifier(folder, init_head_weights="class_names", **HARDLY) for _ in range(2)
+        make_classifier(folder, init_head_weights="class_names", prompt=PROMPT, **HARDLY)
+        for _ in range(2)
     )
     first.fit(texts, labels)
     second.partial_fit(texts, labels, classes=np.unique(labels))
@@ -73,33 +76,33 @@ def test_partial_fit_starts_there_too(tmp_path, corpus):
     [({"pooling": "mean"}, "with pooling='mean'"), ({}, "which is no decoder")],
 )
 def test_encoders_have_no_guess(encoder, corpus, params, message):
-    clf = make_classifier(encoder, init_head_weights="class_names", **params)
+    clf = make_classifier(encoder, init_head_weights="class_names", prompt=PROMPT, **params)
     with pytest.raises(ValueError, match=message):
         clf.fit(*corpus)
 
 
 @pytest.mark.parametrize("labels", [np.arange(4), np.eye(4, dtype=int), [True, False] * 2])
 def test_labels_that_are_no_words_are_refused(decoder, corpus, labels):
-    clf = make_classifier(decoder, init_head_weights="class_names")
+    clf = make_classifier(decoder, init_head_weights="class_names", prompt=PROMPT)
     with pytest.raises(ValueError, match="Wanted: one label of type str"):
         clf.fit(corpus[0][:4], labels)
 
 
 def test_name_without_a_token_is_refused(decoder, corpus):
-    clf = make_classifier(decoder, init_head_weights="class_names")
+    clf = make_classifier(decoder, init_head_weights="class_names", prompt=PROMPT)
     with pytest.raises(ValueError, match="Got the class '', of which the tokenizer makes no token"):
         clf.fit(corpus[0][:4], ["", "cat"] * 2)
 
 
 def test_checkpoint_without_output_embeddings_is_refused(tmp_path, corpus):
     folder = tiny.save_model(tmp_path, "llama", tie_word_embeddings=False)  # the headless model
-    clf = make_classifier(folder, init_head_weights="class_names")
+    clf = make_classifier(folder, init_head_weights="class_names", prompt=PROMPT)
     with pytest.raises(ValueError, match=r"has no lm_head\.weight in its files"):
         clf.fit(*corpus)
 
 
 def test_name_that_is_no_unicode_is_refused(decoder, corpus):
     labels = ["\ud800" if label == "animal" else label for label in corpus[1]]
-    clf = make_classifier(decoder, init_head_weights="class_names")
+    clf = make_classifier(decoder, init_head_weights="class_names", prompt=PROMPT)
     with pytest.raises(ValueError, match=r"Got the class .* no valid Unicode"):
         clf.fit(corpus[0], labels)

@@ -211,7 +211,7 @@ def test_class_names_in_8_bits_are_refused(tmp_path, corpus):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
     save_tensors(tmp_path, tensors)
-    clf = make_classifier(str(tmp_path), init_head_weights="class_names")
+    clf = make_classifier(str(tmp_path), init_head_weights="class_names", prompt="{text} is")
     with pytest.raises(ValueError, match=r"output embeddings 'lm_head\.weight' in fewer than 16"):
         clf.fit(*corpus)
 

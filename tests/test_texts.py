@@ -1,7 +1,10 @@
 """Long texts and prompts, from `fit` to the saved folder."""
 
+from dataclasses import replace
+
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import assert_equal_adapters, make_classifier
 from sklearn.model_selection import GridSearchCV
@@ -28,8 +31,42 @@ def test_fit_and_predict_tell_the_share_of_texts_that_are_cut(encoder, late_corp
     texts, labels = late_corpus
     with pytest.warns(UserWarning, match=rf"98\.0% of 49 {CUT} \(truncation='head'\)"):
         clf = make_classifier(encoder, **SHORT).fit([*texts, "a cat"], [*labels, "animal"])
-    with pytest.warns(UserWarning, match=f"50.0% of 2 {CUT}"):
+    with pytest.warns(UserWarning, match=f"50.0% of 2 {CUT}.* fit with truncation='windows'"):
         clf.predict([texts[0], "a cat"])
+
+
+def test_many_chunks_of_a_prediction_warn_once(encoder, late_corpus, monkeypatch):
+    texts, labels = late_corpus
+    clf = make_classifier(encoder, **SHORT, truncation="windows").fit(texts, labels)
+    clf.adapter_ = replace(clf.adapter_, text_settings=TextSettings(12))
+    monkeypatch.setattr("skqlora.base_estimator.PREDICTION_CHUNK", 5)
+    with pytest.warns(UserWarning, match=rf"98\.0% of 49 {CUT}") as caught:
+        clf.predict([*texts, "a cat"])
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("max_length", "remedy"),
+    [
+        (12, r"Pass a greater max_length, or truncation='windows'"),
+        (128, r"Pass truncation='windows' .* a model that takes more tokens, which this one"),
+    ],
+)
+def test_the_remedy_fits_the_model(encoder, max_length, remedy):
+    clf = make_classifier(encoder, max_length=max_length, num_train_epochs=1)
+    with pytest.warns(UserWarning, match=f"are cut .*{remedy}"):
+        clf.fit(["cat " * 200, "dog"], [0, 1])
+
+
+@pytest.mark.parametrize("prompt", [None, "{body} of {title}", "{0}: {body}"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_columns_that_are_cut_are_named(tiny_model, family, prompt):
+    frame = pd.DataFrame({"title": ["cat", "red", "dog"], "body": ["cat " * 90, "is", "dog"]})
+    clf = make_classifier(tiny_model(family), max_length=40, num_train_epochs=1, prompt=prompt)
+    with pytest.warns(
+        UserWarning, match=r"33\.3% of 3 texts .* \(truncation='head'\), in 'body'\."
+    ):
+        clf.fit(frame, [0, 1, 0])
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{CUT}")

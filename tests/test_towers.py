@@ -152,12 +152,13 @@ def test_class_names_are_the_whole_models_guess(tmp_path, corpus, model_type, ti
     model = tiny.save_whole(tmp_path, model_type, tie_word_embeddings=tied)
     labels = np.array(["cat", "red"])
     hardly = {"num_train_epochs": 1, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
-    clf = make_classifier(tmp_path, quantization=None, init_head_weights="class_names", **hardly)
+    start = {"init_head_weights": "class_names", "prompt": "{text} is"}
+    clf = make_classifier(tmp_path, quantization=None, **start, **hardly)
     texts = corpus[0][:6]
     clf.set_params(model=str(tmp_path)).fit(texts, labels[np.arange(6) % 2])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(f"{text} is", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
         guess = [

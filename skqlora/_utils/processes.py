@@ -6,12 +6,13 @@ This module knows nothing about models.
 import os
 import tempfile
 import threading
-import warnings
 from pathlib import Path
 
 import joblib
 import torch
 from filelock import FileLock
+
+from skqlora._utils.messages import warn
 
 _threaded_process: int | None = None  # the id of the process that has computed on several threads
 _gpu_locks: dict[str, FileLock] = {}  # held until the process ends, by the GPU's UUID
@@ -57,13 +58,12 @@ def warn_of_waiting_threads(device: torch.device) -> None:
     if device.type != "cpu" or n_threads <= n_cores or _warned_of_threads:
         return
     _warned_of_threads = True
-    warnings.warn(
+    warn(
         f"torch computes with {n_threads} threads, but this process may use {n_cores} cores. So "
         "threads wait for each other, and a fit may take many times as long. Call "
         f"torch.set_num_threads({n_cores}) first, or set the environment variable "
         f"OMP_NUM_THREADS={n_cores} before Python starts.",
         RuntimeWarning,
-        stacklevel=2,
     )
 
 
@@ -83,12 +83,11 @@ def warn_if_gpu_is_shared(device: torch.device) -> None:
         try:
             _gpu_locks[uuid].acquire()
         except TimeoutError:
-            warnings.warn(
+            warn(
                 f"Another process has loaded a base on {device} too. Each process holds its own, "
                 "and they take turns at computing. Pass n_jobs=1, or take threads, which share one "
                 "(joblib.parallel_config(backend='threading')), or give each worker a GPU of its "
                 "own (CUDA_VISIBLE_DEVICES).",
-                stacklevel=2,
             )
         except OSError:  # the file is another user's, or there is no folder to write to
             pass

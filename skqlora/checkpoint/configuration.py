@@ -2,14 +2,15 @@
 
 import functools
 import os
-import warnings
 from pathlib import Path
 
-from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
+
+from skqlora._utils.hub import plain_reason
+from skqlora._utils.messages import warn
 
 # What else a folder without a config.json may be: a file that shows it, and what to do then.
 OTHER_FOLDERS = {
@@ -48,12 +49,11 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except Exception as error:  # hub, network, JSON and registry errors share no base class
-        reason = " ".join((str(error) or type(error).__name__).split())[:400]
-        if is_offline_mode() and isinstance(error.__cause__, LocalEntryNotFoundError):
-            what = "It" if revision is None else f"Its revision={revision!r}"
-            reason = (
-                f"{what} is not in the Hub's cache, and this process is offline (HF_HUB_OFFLINE)."
-            )
+        reason = (
+            plain_reason(error, model, revision)
+            or _why_unknown(model, revision)
+            or " ".join((str(error) or type(error).__name__).split())[:400]
+        )
         raise ValueError(
             f"model={model!r} could not be read: {reason} Wanted: a local folder (relative paths "
             f"start at {os.getcwd()!r}; if it has moved: clf.set_params(model=folder)), or a "
@@ -62,14 +62,34 @@ def read_config(model: str, revision: str | None) -> PreTrainedConfig:
         ) from error
 
 
+def _why_unknown(model: str, revision: str | None) -> str | None:
+    """Say why transformers has no class for a configuration that can be read."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    except Exception:  # the file is damaged, or is not there
+        return None
+    family = config.get("model_type")
+    if not config:
+        return "Its repository has no config.json, as one of adapters or GGUF files has none."
+    if "AutoConfig" in config.get("auto_map", {}):
+        return "Its repository comes with code of its own, which is never run."
+    if family is None:
+        return "Its config.json names no model_type."
+    if family not in CONFIG_MAPPING:
+        return (
+            f"Its config.json is of the family {family!r}, which transformers "
+            f"{transformers.__version__} does not know. A newer version may."
+        )
+    return None
+
+
 def warn_of_adapter(model: str) -> None:
     """Warn if a folder holds an adapter of PEFT next to the model, which transformers would add."""
     if (Path(model) / "adapter_config.json").is_file():
-        warnings.warn(
+        warn(
             f"model={model!r} holds an adapter of PEFT next to the model (adapter_config.json). It "
             "is not read. To train on top of it, merge it into the model "
-            "(`merge_and_unload`) and save that; otherwise remove its files.",
-            stacklevel=2,
+            "(`merge_and_unload`) and save that; otherwise remove its files."
         )
 
 

@@ -7,13 +7,13 @@ import gc
 import os
 import sys
 import threading
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from skqlora._utils.caches import clear_caches
 from skqlora._utils.libraries import library_lock, muted
+from skqlora._utils.messages import warn
 
 if TYPE_CHECKING:
     import torch
@@ -104,11 +104,10 @@ class _BackboneCache:
         backbone = self._load_alone_if_memory_is_short(spec, verbose)
         n_bytes = backbone.nbytes
         if limit is not None and n_bytes > limit:
-            warnings.warn(
+            warn(
                 f"{LIMIT_VARIABLE} is {limit}, but model={spec.model!r} takes {n_bytes} bytes: it "
                 "is not kept and will be loaded again at each fit and predict. Raise the limit, or "
                 "remove it from the environment.",
-                stacklevel=2,
             )
             return backbone
         with self._lock:

@@ -53,6 +53,7 @@ def resolve_lora(parameters: Parameters, skeleton: PreTrainedModel) -> LoraSetti
         init_lora_weights=parameters.init_lora_weights,
     )
     with muted(progress_bars=bool(parameters.verbose)):
+        _check_names(lora.target_modules, skeleton)
         targets = targeted_modules(lora.target_modules, skeleton)
     if isinstance(parameters.layers, str):  # "all"
         return lora
@@ -153,9 +154,47 @@ def targeted_modules(
     except Exception as error:  # a user's choice may raise PEFT's ValueError, re.error ...
         raise ValueError(
             f"Got target_modules={target_modules!r}, which cannot be adapted in "
-            f"{type(skeleton).__name__}: {error} Wanted: 'all-linear', or names of linear layers "
-            "of this model."
+            f"{type(skeleton).__name__}: {error} {_wanted(target_modules, skeleton)}"
         ) from error
+
+
+def _check_names(target_modules: str | tuple[str, ...], skeleton: PreTrainedModel) -> None:
+    """Refuse a list with a name that no module has; PEFT leaves such names out.
+
+    Raises
+    ------
+    ValueError
+    """
+    if isinstance(target_modules, str):
+        return
+    names = [f".{name}" for name, _ in skeleton.named_modules()]
+    for target in target_modules:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"Got target_modules={list(target_modules)!r}, which cannot be adapted: "
+                f"{type(skeleton).__name__} has no module {target!r}. "
+                f"{_wanted(target_modules, skeleton)}"
+            )
+
+
+def _wanted(target_modules: str | tuple[str, ...], skeleton: PreTrainedModel) -> str:
+    """Say what `target_modules` may be for a model."""
+    names = _names_of_linear_layers(skeleton)
+    if target_modules in names:
+        return f"Wanted: a list of names, [{target_modules!r}]. A str is a regular expression."
+    shown = [*names[:20], "..."] if len(names) > 20 else names
+    return f"Wanted: 'all-linear', or a list of names of linear layers: {', '.join(shown)}."
+
+
+def _names_of_linear_layers(skeleton: PreTrainedModel) -> list[str]:
+    """List the ends of the names of linear layers, without routers, each end once."""
+    routers, ends = find_routers(skeleton), []
+    for name, layer in skeleton.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D) and name not in routers:
+            *before, last = name.split(".")
+            # A number says nothing without the name before it.
+            ends.append(".".join([*before[-1:], last]) if last.isdecimal() else last)
+    return list(dict.fromkeys(ends))
 
 
 @registered_lru_cache(maxsize=8)  # the candidates of a search differ in other parameters

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from skqlora._utils.processes import check_not_forked
+from skqlora._utils.progress import text_bar
 from skqlora._utils.torch_state import plain_torch
 from skqlora.adapter import AdapterState
 from skqlora.checkpoint.device import empty_cache, is_out_of_memory, to_device
@@ -18,6 +19,7 @@ from skqlora.model.cache import get_backbone
 from skqlora.model.text_model import TextModel, check_base
 from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts, prediction_batches
+from skqlora.text.cutting import Cuts
 from skqlora.text.encoding import Row
 from skqlora.text.tokenization import check_tokenizer, load_tokenizer
 
@@ -26,6 +28,7 @@ TOKENS_ON_CPU = 4096
 TOKENS_ON_ACCELERATOR = 32_768
 # The most texts that an accelerator computes while the next are tokenized.
 TEXTS_ON_ACCELERATOR = 4096
+SECONDS_WITHOUT_BAR = 2  # a prediction that is done by then shows none
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,6 +61,11 @@ def compute_outputs(
     ------
     ValueError
         If the base or its tokenizer is not the one that the adapter was trained with.
+
+    Warns
+    -----
+    UserWarning
+        If texts were cut. The message says how large a share of them.
     """
     check_not_forked()
     spec = BackboneSpec.of(parameters, adapter)
@@ -71,20 +79,40 @@ def compute_outputs(
     size = chunk_size if on_cpu else min(chunk_size, TEXTS_ON_ACCELERATOR)
     chunks = (different[start : start + size] for start in range(0, len(different), size))
 
-    def tokenize(chunk: list[Row]) -> tuple[TokenizedTexts, np.ndarray]:
-        return tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size)
+    cuts = Cuts()
 
-    outputs = []
+    def tokenize(chunk: list[Row]) -> tuple[TokenizedTexts, np.ndarray]:
+        return tokenizer.tokenize(chunk, adapter.text_settings, backbone.vocab_size, cuts)
+
+    outputs, n_done = [], 0
     tokenized = (tokenize(chunk) for chunk in chunks) if on_cpu else one_ahead(tokenize, chunks)
-    with TextModel.for_prediction(backbone, adapter) as model, closing(tokenized):
+    with (
+        TextModel.for_prediction(backbone, adapter) as model,
+        closing(tokenized),
+        text_bar(
+            "predict",
+            len(different),
+            shown=bool(parameters.verbose),
+            delay=SECONDS_WITHOUT_BAR,
+            leave=False,
+        ) as bar,
+    ):
+
+        def show(share: float) -> None:  # of the texts of a chunk, which may be several rows each
+            bar.update(n_done + int(share * len(counts)) - bar.n)
+
         for tokens, counts in tokenized:
             # The outputs of a text are the mean over its windows, which lie one after the other.
-            sums = np.add.reduceat(predict_outputs(model, tokens), np.cumsum(counts) - counts)
+            sums = np.add.reduceat(predict_outputs(model, tokens, show), np.cumsum(counts) - counts)
             outputs.append(sums / counts[:, None])
+            n_done += len(counts)
+    cuts.warn(adapter.text_settings, "To use all of each text, fit with truncation='windows'.")
     return np.concatenate(outputs)[[places[text] for text in texts]]
 
 
-def predict_outputs(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
+def predict_outputs(
+    model: TextModel, tokens: TokenizedTexts, show: Callable[[float], object] | None = None
+) -> np.ndarray:
     """Compute the outputs of the head for each row, in the order of the rows.
 
     Parameters
@@ -92,12 +120,14 @@ def predict_outputs(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
     model : TextModel
     tokens : TokenizedTexts
         The n_rows tokenized texts.
+    show : callable, optional
+        A function that is told, batch by batch, which share of the rows is done.
 
     Returns
     -------
     outputs : ndarray of shape (n_rows, n_outputs), float64
     """
-    return _compute(model, model, tokens).astype(np.float64)
+    return _compute(model, model, tokens, show).astype(np.float64)
 
 
 def compute_features(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
@@ -118,7 +148,10 @@ def compute_features(model: TextModel, tokens: TokenizedTexts) -> np.ndarray:
 
 @torch.no_grad()
 def _compute(
-    function: Callable[..., torch.Tensor], model: TextModel, tokens: TokenizedTexts
+    function: Callable[..., torch.Tensor],
+    model: TextModel,
+    tokens: TokenizedTexts,
+    show: Callable[[float], object] | None = None,
 ) -> np.ndarray:
     """Compute a float32 vector for each row, in the order of the rows.
 
@@ -129,6 +162,7 @@ def _compute(
     batches = deque(prediction_batches(tokens.lengths, max_tokens))
     order: list[np.ndarray] = []
     computed: list[torch.Tensor] = []
+    n_done = 0
     while batches:
         rows = batches.popleft()
         vectors = _unless_out_of_memory(function, to_device(tokens.batch(rows), device))
@@ -142,6 +176,9 @@ def _compute(
         else:
             order.append(rows)
             computed.append(vectors)
+            n_done += len(rows)
+            if show is not None:
+                show(n_done / len(tokens))
     values = torch.cat([vectors.cpu() for vectors in computed]).numpy()
     return values[np.argsort(np.concatenate(order))]
 

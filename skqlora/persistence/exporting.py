@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from skqlora._utils.libraries import library_lock, muted
+from skqlora._utils.messages import warn
 from skqlora._utils.torch_state import float32_by_default, plain_torch
 from skqlora.adapter import AdapterState, Fitted, Footprint
 from skqlora.checkpoint.experts import has_experts
@@ -122,11 +123,9 @@ def _in_units(fitted: Fitted) -> AdapterState:
     if "bias" in adapter.head_tensors:
         head["bias"] = adapter.head_tensors["bias"] * target.scale + target.mean
     elif target.mean.any():
-        warnings.warn(
+        warn(
             "Transformers' heads of decoders have no bias, so the mean of y cannot be written to "
             f"this format. Add {target.mean.tolist()} to what its model predicts, or use `save`.",
-            UserWarning,
-            stacklevel=2,
         )
     with np.errstate(over="ignore"):
         head = {name: value.astype(np.float32) for name, value in head.items()}
@@ -165,11 +164,9 @@ def _warn_of_what_is_not_kept(text_settings: TextSettings, kept: tuple[str, ...]
     if text_settings.truncation not in kept:
         lost.append(f"truncation={text_settings.truncation!r}")
     if lost:
-        warnings.warn(
+        warn(
             f"{' and '.join(lost)} cannot be written to this format. Put each text into the prompt "
             "and cut it yourself before you give it to the model, or use `save`, which keeps all.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

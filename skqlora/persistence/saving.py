@@ -3,13 +3,13 @@
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from skqlora._utils.libraries import import_libraries
+from skqlora._utils.messages import warn
 from skqlora._utils.version import __version__
 from skqlora.adapter import Fitted
 from skqlora.persistence.folders import read_folder, written_folder
@@ -119,12 +119,11 @@ def push_to_hub(
 
     base = fitted.adapter.find_base(parameters.model)
     if os.path.isdir(base):
-        warnings.warn(
+        warn(
             f"Got model={parameters.model!r}, a folder of this machine, and its path "
             f"{os.path.realpath(base)!r} is published. If the base is on the Hub, call "
             "set_params(model='its name there') before; otherwise those who load the "
             "estimator set it to a folder of theirs.",
-            stacklevel=3,
         )
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "estimator"

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 from sklearn.metrics import get_scorer_names
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 
+from skqlora._utils.messages import nearest
 from skqlora.settings.adapter_settings import TRUNCATIONS
 
 REGRESSION_LOSSES = {"squared_error", "absolute_error", "huber"}
@@ -50,7 +51,7 @@ PARAMETER_CONSTRAINTS: dict[str, list] = {
     "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
     "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
     "tol": [Interval(Real, 0, None, closed="left")],
-    "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
+    "scoring": [str, callable, None],  # see `check_scoring`
     "warm_start": ["boolean"],
     "checkpoint_dir": [str, os.PathLike, None],
     "checkpoint_every": [Interval(Integral, 1, None, closed="left")],
@@ -63,3 +64,24 @@ REGRESSOR_CONSTRAINTS = {
     "loss": [StrOptions(REGRESSION_LOSSES)],
     "init_head_weights": [StrOptions({"normal", "probe"})],
 }
+
+
+def check_scoring(scoring: object) -> None:
+    """Refuse a `scoring` that is no scorer's name, without a list of all that there are.
+
+    Parameters
+    ----------
+    scoring : str, callable or None
+
+    Raises
+    ------
+    ValueError
+    """
+    names = {"loss", *get_scorer_names()}
+    if isinstance(scoring, str) and scoring not in names:
+        meant = nearest(scoring, names)
+        raise ValueError(
+            f"Got scoring={scoring!r}, which is no scorer."
+            f"{'' if meant is None else f' Did you mean {meant!r}?'} Wanted: 'loss', a name of "
+            "`sklearn.metrics.get_scorer_names()`, a callable or None."
+        )

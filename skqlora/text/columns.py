@@ -5,7 +5,6 @@ This module knows nothing of labels, tokens or models.
 
 import datetime
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Number
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from skqlora._utils.messages import warn
 from skqlora.settings.template import TEXT_FIELD, Field, Template, is_for_one_text
 from skqlora.text.values import is_missing, plain_str, short, well_formed
 
@@ -240,11 +240,9 @@ def check_fields(table: Table, prompt: str | None) -> None:
     if n_columns == 1 and is_for_one_text(prompt):
         literal = [found for found in LIKE_A_FIELD.findall(prompt) if found != TEXT_FIELD]
         if literal:
-            warnings.warn(
+            warn(
                 f"X has one column, whose place in the prompt is {TEXT_FIELD}, so the model reads "
                 f"{literal[0]} as it stands there. Pass a table with all columns, or leave it out.",
-                UserWarning,
-                stacklevel=2,
             )
         return
     used = set()
@@ -262,12 +260,10 @@ def check_fields(table: Table, prompt: str | None) -> None:
         repr(each) for place, each in enumerate(labels or range(n_columns)) if place not in used
     ]
     if unused:
-        warnings.warn(
+        warn(
             f"The prompt has no field for {', '.join(unused)} of X, so the model does not see "
             "them, although `predict` will need them in X. Leave them out, or add them to the "
             "prompt.",
-            UserWarning,
-            stacklevel=2,
         )
 
 
@@ -349,6 +345,28 @@ def _find(
         f"Got prompt={prompt!r} with the field {{{field.key}}}, which is no column of {name}. "
         f"Wanted: {wanted}."
     )
+
+
+def names_of_parts(prompt: str | None, columns: Columns | None) -> list[str]:
+    """Name the parts of a row, which are the fields of a prompt or the columns without one.
+
+    Parameters
+    ----------
+    prompt : str or None
+    columns : Columns or None
+
+    Returns
+    -------
+    names : list of str
+        A column without a name is called by its position. Empty if a row is one text.
+    """
+    if columns is None or columns.number is None or columns.number < 2:
+        return []
+    names = columns.names or tuple(map(str, range(columns.number)))
+    if prompt is None:
+        return list(names)
+    fields = Template.of_columns(prompt).fields
+    return [names[_find(field, columns.names, len(names), prompt, "X")] for field in fields]
 
 
 def _check_date_format(field: Field) -> None:

@@ -3,10 +3,13 @@
 Special tokens and those of a prompt are never cut.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from skqlora._utils.messages import warn
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.encoding import Encoding, Row
 from skqlora.text.values import short
@@ -15,10 +18,53 @@ HEAD_PART = 4  # where head and tail of a text are kept, the head is one part in
 
 
 class Encoded(NamedTuple):
-    """The ids of a row in one or several windows, and whether some ids are in no window."""
+    """The ids of a row in one or several windows, and the parts with ids that are in no window."""
 
     windows: tuple[np.ndarray, ...]
-    is_cut: bool
+    cut_parts: tuple[int, ...] = ()
+
+
+@dataclass
+class Cuts:
+    """How many of many texts are cut, for one warning about all of them.
+
+    Attributes
+    ----------
+    n_texts, n_cut : int
+    parts : set of int
+        The parts of rows that are cut, by their numbers: fields of a prompt, or texts of a pair.
+    """
+
+    n_texts: int = 0
+    n_cut: int = 0
+    parts: set[int] = field(default_factory=set)
+
+    def add(self, encoded: Sequence[Encoded]) -> None:
+        """Count texts."""
+        self.n_texts += len(encoded)
+        self.n_cut += sum(bool(text.cut_parts) for text in encoded)
+        self.parts.update(part for text in encoded for part in text.cut_parts)
+
+    def warn(self, settings: TextSettings, remedy: str, names: Sequence[str] = ()) -> None:
+        """Warn if texts were cut.
+
+        Parameters
+        ----------
+        settings : TextSettings
+        remedy : str
+            What the user can do.
+        names : sequence of str, optional
+            The names of the parts of a row, if it has several.
+        """
+        if not self.n_cut:
+            return
+        cut = [repr(name) for number, name in enumerate(names) if number in self.parts]
+        where = f", in {', '.join(dict.fromkeys(cut))}" if len(names) > 1 else ""
+        warn(
+            f"{self.n_cut / self.n_texts:.1%} of {self.n_texts} texts have more than max_length="
+            f"{settings.max_length} tokens and are cut (truncation={settings.truncation!r})"
+            f"{where}. {remedy}"
+        )
 
 
 def fit_into(encoding: Encoding, settings: TextSettings, row: Row) -> Encoded:
@@ -45,7 +91,7 @@ def fit_into(encoding: Encoding, settings: TextSettings, row: Row) -> Encoded:
     ids, part_of = encoding
     n_tokens = len(part_of)
     if n_tokens <= settings.max_length:
-        return Encoded((ids,), is_cut=False)
+        return Encoded((ids,))
     spans = _spans(part_of)
     lengths = [stop - start for start, stop in spans]
     room = settings.max_length - (n_tokens - sum(lengths))
@@ -59,13 +105,14 @@ def fit_into(encoding: Encoding, settings: TextSettings, row: Row) -> Encoded:
     if room < 1:  # the text consists of special tokens
         for start, stop in spans:
             keep[start:stop] = False
-        return Encoded((ids[..., keep][..., : settings.max_length],), is_cut=True)
+        return Encoded((ids[..., keep][..., : settings.max_length],), tuple(range(len(spans))))
     if settings.truncation == "windows":
-        return Encoded(tuple(_windows(ids, spans, room, settings, row)), is_cut=False)
-    for (start, stop), share in zip(spans, share_room(lengths, room), strict=True):
+        return Encoded(tuple(_windows(ids, spans, room, settings, row)))
+    shares = share_room(lengths, room)
+    for (start, stop), share in zip(spans, shares, strict=True):
         n_head = {"head": share, "tail": 0, "head+tail": share // HEAD_PART}[settings.truncation]
         keep[start + n_head : stop - (share - n_head)] = False
-    return Encoded((ids[..., keep],), is_cut=True)
+    return Encoded((ids[..., keep],), tuple(np.flatnonzero(np.less(shares, lengths)).tolist()))
 
 
 def share_room(lengths: list[int], room: int) -> list[int]:

@@ -3,13 +3,13 @@
 This module knows nothing about models: bad input is reported before a model is loaded.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from skqlora._utils.messages import warn
 from skqlora.settings.template import is_for_one_text
 from skqlora.text.columns import Columns, Rows, Table, check_column, rows_of, texts_of
 from skqlora.text.labels import check_labels
@@ -193,11 +193,9 @@ def check_numbered_texts(
     target = Numbers.of(numbers[kept], counted, loss)
     n_constant = np.count_nonzero(target.scale == 0)
     if n_constant and earlier is None:
-        warnings.warn(
+        warn(
             f"All numbers in {'y' if numbers.ndim == 1 else f'{n_constant} column(s) of y'} are "
             "the same, so that nothing can be learned of them. They are predicted.",
-            UserWarning,
-            stacklevel=2,
         )
     return _without_zeros(LabelledTexts(inputs, target, numbers, weights))
 

@@ -128,10 +128,13 @@ class Classes:
         kinds = [
             "multilabel" if each.multilabel else "one for each text" for each in (self, earlier)
         ]
+        one_each = not (self.multilabel or earlier.multilabel)
+        fewer = one_each and set(self.values.tolist()) < set(earlier.values.tolist())
+        pieces = " `partial_fit` takes texts of some of the classes." * fewer
         raise ValueError(
             f"Got y with the classes {short(self.values.tolist())} ({kinds[0]}) but the fit to "
             f"continue from has {short(earlier.values.tolist())} ({kinds[1]}). Wanted: the same "
-            "classes, or `fit` with warm_start=False."
+            f"classes, or `fit` with warm_start=False.{pieces}"
         )
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import cached_file
 
 from skqlora._utils.caches import registered_lru_cache
+from skqlora._utils.hub import plain_reason
 from skqlora._utils.libraries import muted
 from skqlora.settings.adapter_settings import TextSettings
 from skqlora.text.batches import TokenizedTexts
-from skqlora.text.cutting import Encoded, fit_into
+from skqlora.text.cutting import Cuts, Encoded, fit_into
 from skqlora.text.encoding import Encoding, Row, RowEncoder
 
 FINGERPRINTED_TEXTS = (
@@ -34,6 +35,15 @@ FINGERPRINTED_TEXTS = (
     "x_1 = f(a)[0] # \U0001f600 https://example.org/?q=1&r=2",
     "pneumonoultramicroscopicsilicovolcanoconiosis",
 )  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
+# The files that a tokenizer is made of, of which there is one at least.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 CACHE_BYTES = 64_000_000  # the most that each tokenizer uses for remembered texts and ids
 
 
@@ -72,11 +82,21 @@ def load_tokenizer(
                 model, revision=revision, trust_remote_code=False
             )
     except Exception as error:  # the libraries raise a dozen types, among them KeyError and OSError
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        reason = plain_reason(error, model, revision)
+        if reason is None and not _has_tokenizer_files(model, revision):
+            raise refusal from error
+        reason = reason or " ".join((str(error) or type(error).__name__).split())[:200]
         raise ValueError(f"{refusal} ({reason})") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # it is made up, as there are no files
         raise refusal
     return CachingTokenizer(tokenizer)
+
+
+def _has_tokenizer_files(model: str, revision: str | None) -> bool:
+    return any(
+        cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        for name in TOKENIZER_FILES
+    )
 
 
 def check_tokenizer(tokenizer: "CachingTokenizer", model: str, fingerprint: str) -> None:
@@ -163,7 +183,11 @@ class CachingTokenizer:
         return min(both, key=len)  # some tokenizers put a space before the word themselves
 
     def tokenize(
-        self, texts: Sequence[Row], settings: TextSettings, vocab_size: int
+        self,
+        texts: Sequence[Row],
+        settings: TextSettings,
+        vocab_size: int,
+        cuts: Cuts | None = None,
     ) -> tuple[TokenizedTexts, np.ndarray]:
         """Turn texts into token ids without ever cutting special ones or those of a prompt.
 
@@ -175,6 +199,8 @@ class CachingTokenizer:
         settings : TextSettings
         vocab_size : int
             The number of tokens that the model knows.
+        cuts : Cuts, optional
+            Where the texts that are cut are counted.
 
         Returns
         -------
@@ -190,11 +216,6 @@ class CachingTokenizer:
         ValueError
             If `max_length` leaves no room for a token of the text or too little for `stride`, or if
             the tokenizer is not the model's or is too simple for a prompt or a pair.
-
-        Warns
-        -----
-        UserWarning
-            If texts were cut. The message says how large a share of them.
         """
         self._check_max_length(texts[0], settings)
         known = self._recall(texts, settings)
@@ -204,7 +225,8 @@ class CachingTokenizer:
             self._remember(new, settings)
             known |= new
         encoded = [known[text] for text in texts]
-        _warn_of_cuts(encoded, settings)
+        if cuts is not None:
+            cuts.add(encoded)
         pad_id = self._first_known(("pad_token_id", "eos_token_id"), vocab_size)
         windows = [ids for text in encoded for ids in text.windows]
         counts = np.array([len(text.windows) for text in encoded])
@@ -270,7 +292,7 @@ class CachingTokenizer:
         """Return a token for a row of which a tokenizer makes none."""
         filler = np.zeros((*encoding.ids.shape[:-1], 1), dtype=np.int32)
         filler.flat[0] = self._first_known(("bos_token_id", "eos_token_id"), vocab_size)
-        return Encoded((filler,), is_cut=False)
+        return Encoded((filler,))
 
     def _first_known(self, names: Iterable[str], vocab_size: int) -> int:
         ids = (getattr(self._tokenizer, name) for name in names)
@@ -281,15 +303,3 @@ def _size(text: Row, encoded: Encoded) -> int:
     """Count the bytes that a remembered text takes, including its place in the table."""
     parts = () if isinstance(text, str) else text
     return sum(map(sys.getsizeof, (text, *parts, *encoded.windows))) + 300
-
-
-def _warn_of_cuts(encoded: list[Encoded], settings: TextSettings) -> None:
-    n_cut = sum(text.is_cut for text in encoded)
-    if n_cut:
-        warnings.warn(
-            f"{n_cut / len(encoded):.1%} of {len(encoded)} texts have more than max_length="
-            f"{settings.max_length} tokens and are cut (truncation={settings.truncation!r}). Pass "
-            "a greater max_length, or truncation='windows' to use all of them.",
-            UserWarning,
-            stacklevel=2,
-        )

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -20,6 +19,7 @@ import joblib
 import numpy as np
 import safetensors.numpy
 
+from skqlora._utils.messages import warn
 from skqlora._utils.version import __version__
 from skqlora.adapter import AdapterState, TrainerState
 from skqlora.persistence.folders import find_temporary, read_folder, written_folder
@@ -154,12 +154,11 @@ class Checkpoints:
         try:
             self._lock.acquire()
         except TimeoutError:
-            warnings.warn(
+            warn(
                 f"Another fit, of the same data with the same parameters, has its checkpoints in "
                 f"{str(self._folder)!r} now (and holds {self._lock.lock_file!r}). This one "
                 "continues without any.",
                 RuntimeWarning,
-                stacklevel=2,
             )
             return False
         except OSError:  # the file is another user's, or cannot be written
@@ -223,12 +222,11 @@ class Checkpoints:
                 stopping=stopping,
             )
         if n_threads != self._n_threads:
-            warnings.warn(
+            warn(
                 f"The checkpoint in {str(self._folder)!r} was computed on {n_threads} threads, and "
                 f"torch has {self._n_threads} now: the result will be the same up to rounding, not "
                 "bit for bit.",
                 RuntimeWarning,
-                stacklevel=2,
             )
         return checkpoint
 
@@ -269,11 +267,10 @@ class Checkpoints:
                 (folder / TENSORS).write_bytes(data)
                 (folder / MANIFEST).write_text(text, encoding="utf-8")
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"A checkpoint could not be written: {error}. The training continues, and what "
                 "was written before stays.",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def remove(self) -> None:

@@ -125,12 +125,14 @@ def fit_epochs(
                     raise DivergenceError(str(error), fitted) from error
                 if stopping is not None:
                     score = ranks.from_first(stopping.score(as_fitted(estimator, current)))
-                    run.trainer.show(score=f"{score:.3f}")
+                    run.trainer.progress.show(score=f"{score:.3f}")
                     stop = stopping.update(score, current.adapter)
                     current = stopping.apply_to(current)
+                run.trainer.progress.end_epoch()
                 fitted = current
                 stop |= tasks.end_epoch(as_fitted(estimator, fitted))
                 stop = ranks.from_first(stop)
+            run.trainer.progress.finish()
             assert fitted is not None  # there was at least one epoch
             tasks.end(as_fitted(estimator, fitted))
             saving.remove()
@@ -188,6 +190,7 @@ def fit_piece(estimator: FitEstimator, table: LabelledTexts, start: Fitted | Non
             incremental=True,
         ) as run:
             loss = run.trainer.train_epoch()
+            run.trainer.progress.end_epoch()
             fitted = _fitted_now(table, run, seed, scale, [*losses, loss])
             n_before = 0 if start is None else start.n_samples_seen
             return replace(
@@ -325,8 +328,12 @@ def _identity(table: LabelledTexts | None) -> tuple[Any, ...] | None:
 
 
 def as_fitted(estimator: FitEstimator, fitted: Fitted) -> FitEstimator:
-    """Return a fitted copy of the estimator, which itself stays as it is."""
+    """Return a fitted copy of the estimator, which itself stays as it is.
+
+    The copy is silent: a bar of its predictions would break into that of the fit.
+    """
     copied = copy.copy(estimator)
+    copied.verbose = 0
     copied._set_fitted(fitted)
     return copied
 

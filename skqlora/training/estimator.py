@@ -25,6 +25,7 @@ class FitEstimator(Protocol):
     checkpoint_dir: str | os.PathLike | None
     checkpoint_every: int
     random_state: int | np.random.RandomState | None
+    verbose: int
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the parameters by name."""

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from skqlora._utils.messages import warn
 from skqlora.model.prediction import compute_features
 from skqlora.model.text_model import TextModel
+from skqlora.settings.parameters import Parameters
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.targets import Classes, Target
@@ -14,24 +16,22 @@ from skqlora.training.distributed import Ranks
 from skqlora.training.probe import choose_probe_rows, fit_linear_probe, fit_probe
 
 
-def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
+def check_class_names(parameters: Parameters, table: LabelledTexts) -> None:
     """Refuse a start from class names if labels are not names, or the last token is not pooled.
 
     Parameters
     ----------
-    how : {"normal", "probe", "class_names"}
+    parameters : Parameters
     table : LabelledTexts
-    pooling : str
-        The pooling that the user asks for.
 
     Raises
     ------
     ValueError
         If the head cannot start from the names of the classes.
     """
-    if how != "class_names":
+    if parameters.init_head_weights != "class_names":
         return
-    target = table.target
+    target, pooling = table.target, parameters.pooling
     assert isinstance(target, Classes)  # a regressor has no such start
     if target.multilabel or not all(isinstance(label, str) for label in target.values.tolist()):
         what = "a multilabel indicator" if target.multilabel else f"{target.values.dtype} labels"
@@ -45,6 +45,21 @@ def check_class_names(how: str, table: LabelledTexts, pooling: str) -> None:
         raise ValueError(
             f"Got init_head_weights='class_names' with pooling={pooling!r}. Wanted: 'last' or "
             "'auto', since a decoder predicts after the last token."
+        )
+
+
+def warn_of_missing_prompt(parameters: Parameters) -> None:
+    """Warn if the head starts from class names and no prompt asks for one.
+
+    Parameters
+    ----------
+    parameters : Parameters
+    """
+    if parameters.init_head_weights == "class_names" and parameters.prompt is None:
+        warn(
+            "Got init_head_weights='class_names' without a prompt. The head starts with what the "
+            "model would write after each text, and without a prompt that asks for a class this "
+            "is hardly ever the name of one. Pass such a prompt, e.g. '{text}\\nLabel:'."
         )
 
 

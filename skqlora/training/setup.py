@@ -25,12 +25,14 @@ from skqlora.settings.parameters import Parameters
 from skqlora.settings.settings import Settings, resolve_settings, resolve_text_settings
 from skqlora.settings.template import prompt_of_lines
 from skqlora.text.batches import TokenizedTexts, rounded_up_length
+from skqlora.text.columns import names_of_parts
+from skqlora.text.cutting import Cuts
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.tokenization import load_tokenizer
 from skqlora.text.weights import expand_windows
 from skqlora.training import state_store
 from skqlora.training.distributed import Ranks
-from skqlora.training.head_start import check_class_names, start_head
+from skqlora.training.head_start import check_class_names, start_head, warn_of_missing_prompt
 from skqlora.training.prefix import CachedPrefix, cached_prefix
 from skqlora.training.trainer import Trainer
 
@@ -52,6 +54,13 @@ SHARED_SETTINGS = (
     "max_grad_norm",
     "optim",
     "incremental",
+)
+
+# What to do if texts are cut, where the model takes more tokens, and where it does not.
+LONGER = "a greater max_length, or truncation='windows' to use all of each text"
+SAME_LENGTH = (
+    "truncation='windows' to use all of each text, another truncation to keep another part of it, "
+    "or a model that takes more tokens, which this one does not"
 )
 
 
@@ -135,8 +144,17 @@ def prepared_training(
         ),
         token_type_ids=architecture.takes_token_type_ids and tokenizer.gives_token_type_ids,
     )
-    check_class_names(parameters.init_head_weights, table, parameters.pooling)
-    tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size)
+    check_class_names(parameters, table)
+    if start is None:
+        warn_of_missing_prompt(parameters)
+    cuts = Cuts()
+    tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size, cuts)
+    longer = text_settings.max_length < architecture.max_length(tokenizer.max_length)
+    cuts.warn(
+        text_settings,
+        f"Pass {LONGER if longer else SAME_LENGTH}.",
+        names_of_parts(text_settings.prompt, table.inputs.columns),
+    )
     rows, row_weights = expand_windows(table, weights, counts)
     target = table.target
     targets = target.to_training(rows.targets)

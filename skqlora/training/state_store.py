@@ -6,7 +6,6 @@ This module knows nothing of how they are computed.
 import os
 import tempfile
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from skqlora._utils.caches import register_cache
+from skqlora._utils.messages import warn
 from skqlora.memory.free import free_memory
 from skqlora.model.backbone import Backbone
 from skqlora.training.distributed import Ranks
@@ -107,13 +107,12 @@ def in_file(n_tokens: int, width: int, dtype: torch.dtype) -> Callable[[int], to
                 file.flush()
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(n_bytes,))
     except OSError as error:
-        warnings.warn(
+        warn(
             f"There are no {n_bytes / 1e9:.1f} GB in {tempfile.gettempdir()!r} to keep what the "
             f"layers before the first adapted one compute ({error}), so each epoch computes it "
             "again: the result is the same up to rounding. Set TMPDIR to a larger disk, or pass "
             "cache_dtype=None to do without.",
             RuntimeWarning,
-            stacklevel=2,
         )
         return None
     rest = torch.from_numpy(mapped).view(dtype).view(n_tokens, width)

@@ -7,7 +7,6 @@ changes the model in place.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from skqlora._utils.messages import warn
+from skqlora._utils.progress import FitProgress
 from skqlora.adapter import OptimizerState, TrainerState
 from skqlora.checkpoint.device import empty_cache, is_out_of_memory, to_device
 from skqlora.memory.planning import largest_pass
@@ -111,7 +111,6 @@ class Trainer:
         self.losses: list[torch.Tensor] = []  # the loss of each update of this epoch
         self.order: dict[str, Any] = {}  # the state of `rng` when this epoch began
         self._resumed = resumed
-        self._shown: dict[str, object] = {}
         self._last_rows = np.arange(1)
         self._places = np.arange(0)  # where the rows of the current pass are in the update
 
@@ -125,12 +124,11 @@ class Trainer:
             for segment in self.segments:
                 segment.attach_gradients()
                 stack.callback(segment.detach_gradients)
-            self.bar = stack.enter_context(
-                tqdm(
-                    total=len(self.tokens) * self.settings.num_train_epochs,
-                    desc="fit",
-                    unit=" texts",
-                    disable=not self.settings.verbose or self.ranks.rank > 0,
+            self.progress = stack.enter_context(
+                FitProgress(
+                    len(self.tokens),
+                    self.settings.num_train_epochs,
+                    shown=bool(self.settings.verbose) and self.ranks.rank == 0,
                 )
             )
             self._stack = stack.pop_all()
@@ -168,7 +166,7 @@ class Trainer:
             if number < n_done:
                 continue
             losses.append(self.step(rows))
-            self.bar.update(len(rows))
+            self.progress.update(len(rows))
             if len(losses) % CHECK_EVERY == 0:
                 self._check_finite(losses[-CHECK_EVERY:], self.n_epochs + 1)
             if after_update is not None:
@@ -182,7 +180,8 @@ class Trainer:
         losses.clear()
         self.ranks.sum_up(sum_of_losses)
         loss = sum_of_losses.item() / float(self.weights.sum())
-        self.show(epoch=self.n_epochs, loss=f"{loss:.3f}")
+        epoch = f"{self.n_epochs}/{self.settings.num_train_epochs}"
+        self.progress.show(epoch=epoch, loss=f"{loss:.3f}")
         return loss
 
     def state_dict(self) -> TrainerState:
@@ -221,12 +220,7 @@ class Trainer:
             losses.zero_()
         self.losses[:] = losses.unbind()
         done = self.n_epochs * len(self.tokens) + len(self.losses) * self.batch_rows
-        self.bar.update(min(done, self.bar.total or done))
-
-    def show(self, **figures: object) -> None:
-        """Show figures at the progress bar, besides those that it shows already."""
-        self._shown |= figures
-        self.bar.set_postfix(self._shown)
+        self.progress.update(done)
 
     @torch.no_grad()
     def check_finite(self) -> None:
@@ -290,14 +284,13 @@ class Trainer:
         batch_size = max(1, self.micro_tokens // int(self.tokens.lengths.max()))
         while self.batch_rows % batch_size:  # an update keeps its number of texts
             batch_size -= 1
-        warnings.warn(
+        warn(
             f"Out of memory with {n_rows} texts of {n_tokens} tokens in a forward pass. The update "
             f"is computed again with {half} in a pass, and later passes are as small: the result "
             f"is the same up to rounding, but slower. Pass batch_size={batch_size} and "
             f"gradient_accumulation_steps={self.batch_rows // batch_size} to begin that way, or a "
             "smaller max_length.",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def _check_finite(self, losses: list[torch.Tensor], epoch: int) -> None:

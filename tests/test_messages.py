@@ -1,0 +1,110 @@
+"""The line that a warning points to, and what is suggested for a name that does not exist."""
+
+import inspect
+
+import numpy as np
+import pytest
+from helpers import make_classifier
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from skqlora import QLoRAClassifier, QLoRARegressor
+
+SHORT = {"max_length": 4, "num_train_epochs": 1}
+
+
+def lines_of(caught):
+    return {(warning.filename, warning.lineno) for warning in caught}
+
+
+def test_warnings_point_to_the_users_line(encoder, corpus):
+    clf = make_classifier(encoder, **SHORT)
+    with pytest.warns(UserWarning, match="are cut") as caught:
+        clf.fit(*corpus)
+    here = inspect.currentframe().f_lineno
+    assert lines_of(caught) == {(__file__, here - 1)}
+    with pytest.warns(UserWarning, match="are cut") as caught:
+        clf.predict(corpus[0])
+    assert lines_of(caught) == {(__file__, here + 3)}
+
+
+def test_warnings_within_a_search_point_to_the_users_line(encoder, corpus):
+    clf = make_pipeline("passthrough", make_classifier(encoder, **SHORT))
+    search = GridSearchCV(clf, {"qloraclassifier__lora_r": [2, 4]}, cv=2)
+    with pytest.warns(UserWarning, match="are cut") as caught:
+        search.fit(*corpus)
+    assert lines_of(caught) == {(__file__, inspect.currentframe().f_lineno - 1)}
+
+
+@pytest.mark.parametrize("estimator", [QLoRAClassifier, QLoRARegressor])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("epochs", "num_train_epochs"),
+        ("lr", "learning_rate"),
+        ("learningrate", "learning_rate"),
+        ("dropout", "lora_dropout"),
+        ("r", "lora_r"),
+        ("seed", "random_state"),
+        ("modle", "model"),
+    ],
+)
+def test_unknown_parameters_suggest_the_nearest(estimator, name, meant):
+    message = f"{estimator.__name__} has no parameter '{name}'. Did you mean '{meant}'?"
+    with pytest.raises(TypeError) as error:
+        estimator("folder", **{name: 1})
+    assert str(error.value).startswith(message)
+    with pytest.raises(ValueError, match="Wanted: one of those in `help") as error:
+        estimator().set_params(**{name: 1})
+    assert str(error.value).startswith(message)
+
+
+def test_a_name_like_no_other_suggests_nothing():
+    with pytest.raises(TypeError, match=r"no parameter 'zzz'\. Wanted:"):
+        QLoRAClassifier(zzz=1)
+
+
+def test_the_signature_of_the_constructor_stays():
+    parameters = inspect.signature(QLoRAClassifier).parameters
+    assert list(parameters)[:2] == ["model", "revision"]
+    assert parameters["lora_r"].default == 16
+    assert clone(QLoRAClassifier(lora_r=3).set_params(lora_alpha=9)).lora_alpha == 9
+    with pytest.raises(TypeError, match="positional argument"):
+        QLoRAClassifier("folder", "main")
+
+
+@pytest.mark.parametrize(
+    ("scoring", "meant"),
+    [
+        ("f1_marco", r" Did you mean 'f1_macro'\?"),
+        ("acuracy", r" Did you mean 'accuracy'\?"),
+        ("auc", r" Did you mean 'roc_auc'\?"),
+        ("zzz", ""),
+    ],
+)
+def test_unknown_scorers_suggest_the_nearest(scoring, meant):
+    message = rf"scoring='{scoring}', which is no scorer\.{meant} Wanted: 'loss', a name"
+    with pytest.raises(ValueError, match=message) as error:
+        QLoRAClassifier(scoring=scoring).fit(["a", "b"], [0, 1])
+    assert len(str(error.value)) < 250
+
+
+def test_warm_start_with_some_of_the_classes_names_partial_fit(encoder, corpus):
+    clf = make_classifier(encoder, num_train_epochs=1, warm_start=True).fit(*corpus)
+    some = [i for i, label in enumerate(corpus[1]) if label != "number"]
+    texts, labels = (np.array(values)[some] for values in corpus)
+    with pytest.raises(ValueError, match=r"`partial_fit` takes texts of some of the classes\.$"):
+        clf.fit(texts, labels)
+    with pytest.raises(ValueError, match=r"warm_start=False\.$"):
+        clf.fit(texts, [f"new {label}" for label in labels])
+    clf.partial_fit(texts, labels)
+
+
+def test_a_start_from_class_names_wants_a_prompt(encoder, corpus):
+    clf = make_classifier(encoder, init_head_weights="class_names")
+    with (
+        pytest.warns(UserWarning, match=r"without a prompt\. .*'\{text\}\\nLabel:'"),
+        pytest.raises(ValueError, match="no decoder"),
+    ):
+        clf.fit(*corpus)
