@@ -92,8 +92,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         ``"{title}, {price:.2f} EUR"``. Without a prompt, an encoder reads two columns as its
         tokenizer's pair of texts; other tables are read as lines ``name: value``.
     num_train_epochs : int or "auto", default="auto"
-        The number of passes over the training texts. "auto" makes enough of them for 300 updates,
-        but at least 3 and at most 20.
+        The number of passes over the texts. "auto" is as many as make 300 updates, from 3 to 20.
     batch_size : int, default=16
         The number of texts of one update, if `gradient_accumulation_steps` is 1. A forward pass has
         at most that many of the longest texts, and on a CPU at most 2,048 tokens of them.
@@ -110,8 +109,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     weight_decay : float, default=0.0
         The share of each weight, times the learning rate, that an update subtracts.
     warmup_steps : int or float, default=0.1
-        The number of updates over which the learning rates rise from 0. A number below 1 is a share
-        of all updates.
+        The number of updates, or below 1 their share, over which the learning rates rise from 0.
     lr_scheduler_type : str, default="linear"
         The course of the learning rates after the warm-up, as in `transformers.get_scheduler`:
         "linear", "cosine", "constant", "constant_with_warmup" or "inverse_sqrt".
@@ -166,12 +164,10 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
         The names of the columns, if `X` was a table with names that are all str.
     adapter_ : AdapterState
-        The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
-        estimator: `predict` finds it in the process, or loads it.
+        The adapter and the head, as NumPy arrays of some megabytes. The base is not in it.
     settings_ : Settings or None
         The parameters of the fit, with its choices instead of "auto" (except for `cache_dtype`).
-        Printing shows a table of them; `settings_.as_params()` returns them by name. None if the
-        classifier was made by `from_peft`, or read from a folder without settings.
+        None if `from_peft` made the classifier, or if it was read from a folder without settings.
     n_iter_ : int
         The number of epochs trained, or of calls of `partial_fit`.
     n_samples_seen_ : int
@@ -186,6 +182,14 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         The optimizer for the next `partial_fit`, up to twice the adapter's size. None after `fit`.
     footprint_ : Footprint
         The size of the base in memory, and of what was trained.
+
+    See Also
+    --------
+    QLoRARegressor : Predict numbers instead of classes.
+    LossCurveDisplay : Plot the loss and the validation score of each epoch.
+    estimate_memory : Estimate the memory that a fit takes, before a model is loaded.
+    sklearn.model_selection.GridSearchCV : Search over parameters such as `lora_r`.
+    sklearn.calibration.CalibratedClassifierCV : Calibrate the probabilities.
 
     Notes
     -----
@@ -316,8 +320,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts in a list, Series or array; or a table whose columns are read together: a
             DataFrame (pandas, polars, pyarrow, `datasets`), an array or a list of tuples.
-        y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
-                (n_texts, n_labels)
+        y : {array-like, sparse matrix} of shape (n_texts,) or (n_texts, n_labels)
             The labels, of two classes or more; or a multilabel indicator of 0 and 1.
         sample_weight : array-like of shape (n_texts,), default=None
             The weight of each text in the loss. A text of weight 0 is left out.
@@ -336,8 +339,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         Raises
         ------
         ValueError, TypeError
-            If the input or the parameters cannot work. Where possible, this is checked before a
-            model is loaded.
+            If the input or the parameters cannot work: where possible, before a model is loaded.
         MemoryError
             If not even the smallest passes would fit into memory. No model is loaded then.
         FloatingPointError
@@ -362,8 +364,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         ----------
         X : array-like of str, of shape (n_texts,), or table of shape (n_texts, n_columns)
             The texts.
-        y : array-like of shape (n_texts,), or array-like or sparse matrix of shape \
-                (n_texts, n_labels)
+        y : {array-like, sparse matrix} of shape (n_texts,) or (n_texts, n_labels)
             The labels, all of them among `classes`.
         classes : array-like of shape (n_classes,), default=None
             All labels that will come. For multilabel targets these are the numbers of the columns.

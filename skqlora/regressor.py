@@ -90,8 +90,7 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         ``"{title}, {price:.2f} EUR"``. Without a prompt, an encoder reads two columns as its
         tokenizer's pair of texts; other tables are read as lines ``name: value``.
     num_train_epochs : int or "auto", default="auto"
-        The number of passes over the training texts. "auto" makes enough of them for 300 updates,
-        but at least 3 and at most 20.
+        The number of passes over the texts. "auto" is as many as make 300 updates, from 3 to 20.
     batch_size : int, default=16
         The number of texts of one update, if `gradient_accumulation_steps` is 1. A forward pass has
         at most that many of the longest texts, and on a CPU at most 2,048 tokens of them.
@@ -109,8 +108,7 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
     weight_decay : float, default=0.0
         The share of each weight, times the learning rate, that an update subtracts.
     warmup_steps : int or float, default=0.1
-        The number of updates over which the learning rates rise from 0. A number below 1 is a share
-        of all updates.
+        The number of updates, or below 1 their share, over which the learning rates rise from 0.
     lr_scheduler_type : str, default="linear"
         The course of the learning rates after the warm-up, as in `transformers.get_scheduler`:
         "linear", "cosine", "constant", "constant_with_warmup" or "inverse_sqrt".
@@ -163,12 +161,10 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
         The names of the columns, if `X` was a table with names that are all str.
     adapter_ : AdapterState
-        The adapter and the head, as NumPy arrays of some megabytes. The base is not part of the
-        estimator: `predict` finds it in the process, or loads it.
+        The adapter and the head, as NumPy arrays of some megabytes. The base is not in it.
     settings_ : Settings or None
         The parameters of the fit, with its choices instead of "auto" (except for `cache_dtype`).
-        Printing shows a table of them; `settings_.as_params()` returns them by name. None if the
-        regressor was made by `from_peft`, or read from a folder without settings.
+        None if `from_peft` made the regressor, or if it was read from a folder without settings.
     n_iter_ : int
         The number of epochs trained, or of calls of `partial_fit`.
     n_samples_seen_ : int
@@ -183,6 +179,14 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         The optimizer for the next `partial_fit`, up to twice the adapter's size. None after `fit`.
     footprint_ : Footprint
         The size of the base in memory, and of what was trained.
+
+    See Also
+    --------
+    QLoRAClassifier : Predict classes, or several labels of a text.
+    LossCurveDisplay : Plot the loss and the validation score of each epoch.
+    estimate_memory : Estimate the memory that a fit takes, before a model is loaded.
+    sklearn.model_selection.GridSearchCV : Search over parameters such as `lora_r`.
+    sklearn.compose.TransformedTargetRegressor : Train on another scale, such as the logarithm.
 
     References
     ----------
@@ -322,8 +326,7 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         Raises
         ------
         ValueError, TypeError
-            If the input or the parameters cannot work. Where possible, this is checked before a
-            model is loaded.
+            If the input or the parameters cannot work: where possible, before a model is loaded.
         MemoryError
             If not even the smallest passes would fit into memory. No model is loaded then.
         FloatingPointError
