@@ -5,6 +5,7 @@ from skqlora.classifier import QLoRAClassifier
 from skqlora.display import LossCurveDisplay
 from skqlora.estimate import estimate_memory
 from skqlora.model.cache import backbone_cache_info, clear_backbone_cache
+from skqlora.persistence.trusted_types import TRUSTED_TYPES as TRUSTED_TYPES
 from skqlora.regressor import QLoRARegressor
 from skqlora.versions import show_versions
 

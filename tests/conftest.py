@@ -18,6 +18,8 @@ from helpers import make_backbone, make_classifier
 
 transformers.utils.logging.disable_progress_bar()  # of `save_pretrained`
 
+collect_ignore = ["clients"]  # they need libraries that .ci/clients installs
+
 
 def pytest_collection_finish():
     """Let the garbage collector pass over what is there already, all of it modules and tests.

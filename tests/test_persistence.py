@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.numpy
 import skops.io
@@ -36,7 +37,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from transformers import AutoModel
 
-from skqlora import QLoRAClassifier
+from skqlora import TRUSTED_TYPES, QLoRAClassifier, QLoRARegressor
 from skqlora.persistence.saved_format import ALL_FILES, FILES, checksum
 
 DIGEST_OF_VERSION_1 = "095d4af9b9c85dd401d2defbafcd56ba3380bcbe538c0ab488e33295ba457728"
@@ -114,23 +115,19 @@ def test_a_classifier_of_another_machine_loads_here(fitted, texts, tmp_path, dev
         np.testing.assert_array_equal(loaded.predict_proba(texts), expected)
 
 
-def test_skops_loads_the_types_that_it_is_told_to_trust(encoder, corpus, tmp_path):
-    clf = make_classifier(encoder).partial_fit(*corpus, classes=corpus[1])
-    skops.io.dump(clf, tmp_path / "clf.skops")
-    types = skops.io.get_untrusted_types(file=tmp_path / "clf.skops")
-    assert types == [
-        "skqlora.adapter.AdapterState",
-        "skqlora.adapter.Footprint",
-        "skqlora.adapter.OptimizerState",
-        "skqlora.classifier.QLoRAClassifier",
-        "skqlora.settings.adapter_settings.LoraSettings",
-        "skqlora.settings.adapter_settings.TextSettings",
-        "skqlora.settings.settings.Settings",
-        "skqlora.text.targets.Classes",
-    ]
-    loaded = skops.io.load(tmp_path / "clf.skops", trusted=types)
-    assert_equal_adapters(loaded, clf)
-    np.testing.assert_array_equal(loaded.predict_proba(corpus[0]), clf.predict_proba(corpus[0]))
+def test_skops_loads_with_the_types_that_are_to_be_trusted(encoder, corpus, tmp_path):
+    texts, labels = corpus
+    clf = make_classifier(Path(encoder)).partial_fit(texts, labels, classes=labels)
+    reg = QLoRARegressor(encoder, num_train_epochs=1, random_state=0, device="cpu")
+    reg.fit(pd.DataFrame({"text": texts}), range(len(texts)))
+    found = set()
+    for fitted, X in ((clf, texts), (reg, pd.DataFrame({"text": texts}))):
+        skops.io.dump(fitted, tmp_path / "fitted.skops")
+        found.update(skops.io.get_untrusted_types(file=tmp_path / "fitted.skops"))
+        loaded = skops.io.load(tmp_path / "fitted.skops", trusted=TRUSTED_TYPES)
+        assert_equal_adapters(loaded, fitted)
+        np.testing.assert_array_equal(loaded.predict(X), fitted.predict(X))
+    assert sorted(found) == TRUSTED_TYPES
 
 
 # Folders
