@@ -32,9 +32,12 @@ def muted(*, progress_bars: bool = False) -> Iterator[None]:
     Parameters
     ----------
     progress_bars : bool, default=False
-        Whether to show the progress bars all the same, since a download can take minutes.
+        Whether to show the progress bars all the same, where bars can move, since a download can
+        take minutes.
     """
     from transformers.utils import logging as transformers_logging  # loads torch
+
+    from skqlora._utils.progress import bars_can_move
 
     # HF_HUB_DISABLE_PROGRESS_BARS overrides calls that switch the Hub's bars, and each one warns.
     with library_lock, warnings.catch_warnings(), _restored():
@@ -42,7 +45,7 @@ def muted(*, progress_bars: bool = False) -> Iterator[None]:
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
-        if not progress_bars:
+        if not (progress_bars and bars_can_move()):
             transformers_logging.disable_progress_bar()
         yield
 
