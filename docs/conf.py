@@ -2,10 +2,13 @@
 
 import importlib
 import inspect
+import os
 import re
+import sys
 from pathlib import Path
 
 from numpydoc.xref import DEFAULT_LINKS
+from sphinx_gallery.sorting import ExplicitOrder
 
 import skqlora
 
@@ -73,17 +76,26 @@ def linkcode_resolve(domain, info):
     return f"{SOURCES}/{version}/{path.as_posix()}#L{start}-L{start + len(lines) - 1}"
 
 
+# Scripts for clusters and several processes, and one that needs a model of the Hub, are shown and
+# not run; the tests run them. They are the last in the gallery, since they have no pictures.
+NOT_RUN = "02", "03", "04", "12"
+EXAMPLES = sorted(path.name for path in Path(__file__).parents[1].glob("examples/[0-9]*.py"))
+if os.environ.get("SKQLORA_EXAMPLES_QUICK") == "1":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    importlib.import_module("quick").make_quick()
+
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
-    # Scripts for clusters and several processes, and one that needs a model of the Hub, are shown
-    # and not run; the tests run them.
-    "filename_pattern": r"/(01|05|06|07|08|09|10|11)_",
-    "ignore_pattern": r"(demo\.py|benchmarks|serving)",
-    "within_subsection_order": "FileNameSortKey",
+    "filename_pattern": rf"/(?!{'|'.join(NOT_RUN)})\d\d_",
+    "ignore_pattern": r"(own_table\.py|benchmarks|serving)",
+    "within_subsection_order": ExplicitOrder(
+        sorted(EXAMPLES, key=lambda name: name[:2] in NOT_RUN)
+    ),
     "abort_on_example_error": True,
     "download_all_examples": False,
     "remove_config_comments": True,
+    "first_notebook_cell": '# Install the package first: %pip install "skqlora[demo]"',
     "show_memory": False,
     "reference_url": {"skqlora": None},
     "backreferences_dir": "_build/backreferences",

@@ -6,24 +6,24 @@ scikit-learn hands its independent fits to joblib, and joblib can hand them to a
 a line of the search changes. Each worker loads the base once and keeps it for all the fits that it
 is given; what comes back is an adapter.
 
-Without options the cluster is two processes on this machine. With one that runs already (on
-Kubernetes, Slurm, or started with ``dask scheduler`` and ``dask worker``)::
-
-    python 02_search_on_a_cluster.py --scheduler tcp://10.0.0.1:8786 --model Qwen/Qwen3-0.6B-Base
-
-Needs the extra ``dask``: ``pip install ".[demo,dask]"``, on the workers too.
+Here the cluster is two processes on this machine. To use one that runs already (on Kubernetes,
+Slurm, or started with ``dask scheduler`` and ``dask worker``), set ``SCHEDULER`` to its address.
+The workers need the packages, too: ``pip install "skqlora[demo,dask]"``.
 """
 
-import argparse
 import time
 
 import dask
 import joblib
 from dask.distributed import Client
-from demo import load_docstrings, minilm_folder
 from sklearn.model_selection import GridSearchCV
 
 from skqlora import QLoRAClassifier, backbone_cache_info
+from skqlora.demo import load_docstrings, minilm_folder
+
+MODEL = minilm_folder()  # or a model that the workers can load, e.g. "Qwen/Qwen3-0.6B-Base"
+SCHEDULER = None  # or e.g. "tcp://10.0.0.1:8786"
+N_TEXTS = 150
 
 # %%
 # A cluster
@@ -45,23 +45,18 @@ def connect(scheduler):
 # %%
 # The search
 # ----------
+# A script that starts processes needs a function ``main`` that these do not run.
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Grid search on a Dask cluster.")
-    parser.add_argument("--scheduler", help="address of a cluster (default: two processes here)")
-    parser.add_argument("--model", help="Hub id or folder (default: the embedded MiniLM)")
-    parser.add_argument("--rows", type=int, default=150, help="training texts")
-    options = parser.parse_args()
-
     texts, labels = load_docstrings()
-    step = -(-len(texts) // options.rows)
+    step = -(-len(texts) // N_TEXTS)
     texts, labels = texts[::step], labels[::step]
-    clf = QLoRAClassifier(options.model or minilm_folder(), random_state=0)
+    clf = QLoRAClassifier(MODEL, random_state=0)
     search = GridSearchCV(
         clf, {"lora_r": [4, 16], "num_train_epochs": [1, 2]}, cv=2, error_score="raise"
     )
-    with connect(options.scheduler) as client:
+    with connect(SCHEDULER) as client:
         start = time.perf_counter()
         with joblib.parallel_config(backend="dask"):
             search.fit(texts, labels)

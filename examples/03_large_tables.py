@@ -6,14 +6,10 @@ A fitted classifier is some megabytes, so it goes wherever the texts are. Here i
 twice without ever holding the file: a chunk at a time in this process with pandas, and in parallel
 on a Dask cluster, whose workers write their parts to Parquet.
 
-Your own file, with a header and a column named text::
-
-    python 03_large_tables.py --csv texts.csv --output labelled
-
-Needs the extra ``dask``: ``pip install ".[demo,dask]"``.
+For a file of your own, set ``CSV`` to its path: it has a header and a column named text. The
+example needs the extra ``dask``: ``pip install "skqlora[demo,dask]"``.
 """
 
-import argparse
 import pickle
 import tempfile
 import time
@@ -23,10 +19,14 @@ import dask
 import dask.dataframe as dd
 import pandas as pd
 from dask.distributed import Client
-from demo import load_docstrings, minilm_folder
 
 from skqlora import QLoRAClassifier, backbone_cache_info
+from skqlora.demo import load_docstrings, minilm_folder
 
+MODEL = minilm_folder()
+CSV = None  # or the path of a file; None writes one of docstrings, many times
+N_ROWS = 3000  # of that file
+OUTPUT = None  # or a folder; None makes a temporary one
 READ = {"dtype": {"text": "str"}, "keep_default_na": False}  # an empty text is "", not missing
 
 # %%
@@ -73,28 +73,21 @@ def label_on_cluster(clf, table, output):
 # %%
 # Both
 # ----
+# A script that starts processes needs a function ``main`` that these do not run.
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Predict a column larger than memory.")
-    parser.add_argument("--model", help="Hub id or folder (default: the embedded MiniLM)")
-    parser.add_argument("--csv", help="file with a column text (default: docstrings, many times)")
-    parser.add_argument("--rows", type=int, default=3000, help="of the default file")
-    parser.add_argument("--output", help="folder (default: a temporary one)")
-    options = parser.parse_args()
-
     texts, labels = load_docstrings()
-    clf = QLoRAClassifier(options.model or minilm_folder(), num_train_epochs=2, random_state=0).fit(
-        texts[::4], labels[::4]
-    )
+    clf = QLoRAClassifier(MODEL, num_train_epochs=2, random_state=0)
+    clf.fit(texts[::4], labels[::4])
     print(f"fitted; as a pickle {len(pickle.dumps(clf)) / 1e6:.1f} MB")
 
-    folder = Path(options.output or tempfile.mkdtemp())
+    folder = Path(OUTPUT or tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
-    path = options.csv
+    path = CSV
     if path is None:
         path = folder / "texts.csv"
-        column = [texts[i % len(texts)] for i in range(options.rows)]
+        column = [texts[i % len(texts)] for i in range(N_ROWS)]
         pd.DataFrame({"text": column}).to_csv(path, index=False)
 
     start = time.perf_counter()

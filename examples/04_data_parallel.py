@@ -7,23 +7,22 @@ once. `torchrun` starts this script once for each of them; all of them call `fit
 texts, each trains on its share of every batch, and all end with the same weights, which are those
 of a single process up to rounding::
 
-    torchrun --nproc-per-node=2 examples/04_data_parallel.py
+    torchrun --nproc-per-node=2 04_data_parallel.py
 
 On a machine with GPUs that is one process for each GPU, over several machines `torchrun` takes
 ``--nnodes`` and ``--rdzv-endpoint``. Without `torchrun` the script trains alone.
 """
 
-import argparse
 import os
 import time
 
 import joblib
 import torch
-from demo import load_docstrings, minilm_folder, read_csv
 from sklearn.model_selection import train_test_split
 from torch import distributed
 
 from skqlora import QLoRAClassifier
+from skqlora.demo import load_docstrings, minilm_folder
 
 # %%
 # The processes find each other
@@ -49,35 +48,18 @@ def join_the_others():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Data-parallel training with torchrun.")
-    parser.add_argument("--model", help="Hub id or folder (default: the embedded MiniLM)")
-    parser.add_argument("--csv", help="table with columns text and label (default: docstrings)")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--output", default="data_parallel.joblib", help="fitted classifier")
-    options = parser.parse_args()
-
     rank, n_ranks = join_the_others()
-    if options.csv is None:
-        texts, labels = load_docstrings()
-    else:
-        texts, labels = read_csv(options.csv, "text", "label")
+    texts, labels = load_docstrings()
     train_texts, test_texts, train_labels, test_labels = train_test_split(
         texts, labels, test_size=0.2, stratify=labels, random_state=0
     )
-    clf = QLoRAClassifier(
-        options.model or minilm_folder(),
-        num_train_epochs=options.epochs,
-        batch_size=options.batch_size,
-        random_state=0,
-        verbose=1,
-    )
+    clf = QLoRAClassifier(minilm_folder(), num_train_epochs=2, batch_size=32, random_state=0)
     start = time.perf_counter()
     clf.fit(train_texts, train_labels)
     seconds = time.perf_counter() - start
 
     if rank == 0:
-        joblib.dump(clf, options.output)
+        joblib.dump(clf, "data_parallel.joblib")
         accuracy = clf.score(test_texts, test_labels)
         print(f"{n_ranks} process(es): fit {seconds:.1f} s, accuracy {accuracy:.3f}")
     if n_ranks > 1:

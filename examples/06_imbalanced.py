@@ -9,7 +9,6 @@ the classes in training, and a threshold that is tuned by cross-validation after
 
 import matplotlib.pyplot as plt
 import numpy as np
-from demo import QUICK, load_docstrings, minilm_folder
 from sklearn.metrics import (
     PrecisionRecallDisplay,
     f1_score,
@@ -20,6 +19,7 @@ from sklearn.metrics import (
 from sklearn.model_selection import TunedThresholdClassifierCV, train_test_split
 
 from skqlora import QLoRAClassifier
+from skqlora.demo import load_docstrings, minilm_folder
 
 # %%
 # Is a function about interpolation? Half of the texts are for training.
@@ -34,7 +34,7 @@ print(f"{np.sum(train_y == RARE)} of {len(train)} training texts are about {RARE
 # `TunedThresholdClassifierCV` fits one classifier more for each fold and takes the threshold that
 # gave the best F1 there. The base is loaded once for all.
 
-params = {"random_state": 0, "num_train_epochs": 1 if QUICK else 3}
+params = {"random_state": 0, "num_train_epochs": 3}
 f1 = make_scorer(f1_score, pos_label=RARE, zero_division=0)
 classifiers = {
     "as it is": QLoRAClassifier(minilm_folder(), **params),

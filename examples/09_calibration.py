@@ -10,13 +10,13 @@ probabilities become honest (Guo et al., arXiv 1706.04599).
 
 import matplotlib.pyplot as plt
 import numpy as np
-from demo import QUICK, load_docstrings, minilm_folder
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
 from skqlora import QLoRAClassifier
+from skqlora.demo import load_docstrings, minilm_folder
 
 # %%
 # Three parts: to train, to calibrate, to test.
@@ -28,7 +28,7 @@ rest, test, rest_y, test_y = train_test_split(
 train, held_out, train_y, held_out_y = train_test_split(
     rest, rest_y, test_size=0.3, stratify=rest_y, random_state=0
 )
-clf = QLoRAClassifier(minilm_folder(), random_state=0, num_train_epochs=1 if QUICK else "auto")
+clf = QLoRAClassifier(minilm_folder(), random_state=0)
 clf.fit(train, train_y)
 
 # %%

@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from demo import QUICK, load_documented, minilm_folder
 from sklearn.model_selection import train_test_split
 
 from skqlora import QLoRAClassifier, backbone_cache_info
+from skqlora.demo import load_documented, minilm_folder
 
 # %%
 # The same texts with three labels.
@@ -30,7 +30,7 @@ for task, y in tasks.items():
     train, test, train_y, test_y = train_test_split(
         [each.text for each in documented], y, train_size=0.3, stratify=y, random_state=0
     )
-    clf = QLoRAClassifier(minilm_folder(), num_train_epochs=1 if QUICK else 4, random_state=0)
+    clf = QLoRAClassifier(minilm_folder(), num_train_epochs=4, random_state=0)
     accuracy = clf.fit(train, train_y).score(test, test_y)
     clf.save(folder / task)
     print(f"{task:8} accuracy {accuracy:.3f} on {len(test)} texts")

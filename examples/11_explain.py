@@ -11,17 +11,17 @@ import html
 
 import matplotlib.pyplot as plt
 import numpy as np
-from demo import QUICK, load_docstrings, minilm_folder
 from scipy.special import logit
 from sklearn.model_selection import train_test_split
 
 from skqlora import QLoRAClassifier
+from skqlora.demo import load_docstrings, minilm_folder
 
 texts, areas = load_docstrings()
 train, test, train_y, test_y = train_test_split(
     texts, areas, train_size=0.4, stratify=areas, random_state=0
 )
-clf = QLoRAClassifier(minilm_folder(), num_train_epochs=1 if QUICK else "auto", random_state=0)
+clf = QLoRAClassifier(minilm_folder(), random_state=0)
 clf.fit(train, train_y)
 
 # %%

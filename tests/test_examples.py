@@ -1,13 +1,12 @@
-"""The examples run.
+"""The examples that are scripts run: one's own table, those on several processes, and benchmarks.
 
-Those in processes of their own, of the gallery and of benchmarks, are slow: each imports torch and
-fits real classifiers. What they show of the package other tests show too.
+Those in processes of their own are slow: each imports torch and fits real classifiers. What they
+show of the package other tests show too. test_gallery.py runs the other examples.
 """
 
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-from transformers import AutoConfig, AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture
-def examples(monkeypatch):
-    """Let the examples find what they share."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+QUICK = Path(__file__).parent / "quick.py"  # few texts, and one epoch
 
 
 def load_example(name):
@@ -37,16 +30,13 @@ def load_example(name):
     return module
 
 
-@pytest.mark.usefixtures("examples")
-def test_quick_start_on_a_table_and_a_model_of_ones_own(
-    tmp_path, encoder, corpus, monkeypatch, capsys
-):
+def test_own_table_and_model(tmp_path, encoder, corpus, monkeypatch, capsys):
     table, picture = tmp_path / "train.csv", tmp_path / "matrix.png"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("words", "topic"), *zip(*corpus, strict=True)])
     options = ["--model", encoder, "--csv", table, "--text", "words", "--label", "topic"]
-    monkeypatch.setattr(sys, "argv", ["quickstart", *map(str, options), "--output", str(picture)])
-    load_example("01_quickstart").main()
+    monkeypatch.setattr(sys, "argv", ["own_table", *map(str, options), "--output", str(picture)])
+    load_example("own_table").main()
     printed = capsys.readouterr().out
     assert "36 training texts, 12 test texts, 3 classes" in printed
     assert "QLoRAClassifier" in printed
@@ -54,7 +44,6 @@ def test_quick_start_on_a_table_and_a_model_of_ones_own(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("examples")
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -68,85 +57,27 @@ def test_quick_start_on_a_table_and_a_model_of_ones_own(
         (["text,label", "\udcff,b"], "is not in UTF-8"),
     ],
 )
-def test_quick_start_refuses_tables_that_cannot_work(tmp_path, monkeypatch, rows, message):
+def test_own_tables_that_cannot_work_are_refused(tmp_path, monkeypatch, rows, message):
     table = tmp_path / "table.csv"
     if rows is not None:
         table.write_text("\n".join(rows), errors="surrogateescape")
-    monkeypatch.setattr(sys, "argv", ["01_quickstart.py", "--csv", str(table)])
+    monkeypatch.setattr(sys, "argv", ["own_table.py", "--csv", str(table)])
     with pytest.raises(SystemExit, match=message):
-        load_example("01_quickstart").main()
+        load_example("own_table").main()
 
 
-@pytest.mark.usefixtures("examples")
-def test_quick_start_reads_what_spreadsheets_write(tmp_path):
-    (tmp_path / "table.csv").write_text("text,label\na,b\n", encoding="utf-8-sig")
-    assert load_example("demo").read_csv(tmp_path / "table.csv", "text", "label") == (["a"], ["b"])
-
-
-def test_docstrings_do_not_name_their_function():
-    example = load_example("demo")
-    texts, areas = example.load_docstrings()
-    assert len(texts) == len(areas) > 600
-    assert set(areas) == set(example.AREAS)
-    assert not any("scipy." in text or "sklearn." in text for text in texts)
-    text = example.describe(
-        "kmeans", "Run kmeans of `scipy.cluster` on data.\n\nParameters\n-----\n"
-    )
-    assert text == "Run of on data."
+def test_own_table_may_be_as_spreadsheets_write_it(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\na,b\n", encoding="utf-8-sig")
+    assert load_example("own_table").read_csv(table, "text", "label") == (["a"], ["b"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "printed"),
-    [
-        ("05_pipeline_and_search", "the base was loaded 1 time(s)"),
-        ("06_imbalanced", "the tuned threshold is 0."),
-        ("07_few_texts", "class or function       16 texts  QLoRAClassifier"),
-        ("08_multilabel", "macro-F1 with a threshold of 0.5: 0."),
-        ("09_calibration", "after   accuracy 0."),
-        ("10_three_tasks_one_base", "the base was loaded 1 time(s)"),
-        ("11_explain", "Predicted: "),
-        ("13_pairs", "both texts at once    0."),
-        ("14_table", "all columns     accuracy 0."),
-        ("15_regression", "R² on the test pairs: "),
-    ],
-)
-def test_gallery(name, printed):
-    result = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"SKQLORA_EXAMPLES_QUICK": "1", "MPLBACKEND": "Agg"},
-    )
-    assert printed in result.stdout
-
-
-@pytest.mark.slow
-def test_language_model(tmp_path):
-    config = AutoConfig.for_model("llama", **tiny.LLAMA | tiny.TOKENS | {"vocab_size": 408})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny.make_tokenizer("decoder").save_pretrained(tmp_path)
-    example = [sys.executable, EXAMPLES / "12_language_model.py", "--model"]
-    environment = os.environ | {"SKQLORA_EXAMPLES_QUICK": "1"}
-    result = subprocess.run(
-        [*example, tmp_path], capture_output=True, text=True, check=True, env=environment
-    )
-    assert "48 training texts, 36 test texts, 12 areas" in result.stdout
-    assert "... and class names accuracy 0." in result.stdout
-    offline = subprocess.run(
-        [*example, "me/other"], capture_output=True, text=True, check=False, env=environment
-    )
-    assert offline.returncode == 1
-    assert offline.stderr.splitlines()[-1] == "Without a network: --model FOLDER"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("examples")
 def test_search_on_a_cluster(encoder, monkeypatch, capsys):
-    options = ["--model", encoder, "--rows", "60"]
-    monkeypatch.setattr(sys, "argv", ["search", *options])
-    load_example("02_search_on_a_cluster").main()
+    example = load_example("02_search_on_a_cluster")
+    monkeypatch.setattr(example, "MODEL", encoder)
+    monkeypatch.setattr(example, "N_TEXTS", 60)
+    example.main()
     printed = capsys.readouterr().out
     assert "the base was loaded 1 time(s)" in printed
     assert "the base was loaded 2 time(s)" not in printed
@@ -154,13 +85,12 @@ def test_search_on_a_cluster(encoder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("examples")
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")  # in dask
 @pytest.mark.filterwarnings("ignore:.*texts have more than max_length")  # of the tiny model
 def test_large_tables(encoder, monkeypatch, tmp_path, capsys):
-    options = ["--model", encoder, "--rows", "500", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["large", *options])
     example = load_example("03_large_tables")
+    for name, value in {"MODEL": encoder, "N_ROWS": 500, "OUTPUT": tmp_path}.items():
+        monkeypatch.setattr(example, name, value)
     example.main()
     assert "in chunks: 500 rows" in capsys.readouterr().out
     in_chunks = pd.read_csv(tmp_path / "labelled.csv")
@@ -172,18 +102,15 @@ def test_large_tables(encoder, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_processes", [1, 2])
-def test_data_parallel_training(encoder, corpus, tmp_path, n_processes):
-    table, output = tmp_path / "train.csv", tmp_path / "fitted.joblib"
-    with table.open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *zip(*corpus, strict=True)])
+def test_data_parallel_training(tmp_path, n_processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     command = [sys.executable, *launcher] if n_processes > 1 else [sys.executable]
-    script = [EXAMPLES / "04_data_parallel.py", "--model", encoder, "--csv", table]
+    script = [QUICK, EXAMPLES / "04_data_parallel.py"]
     result = subprocess.run(
-        [*command, *script, "--output", output], capture_output=True, text=True, check=True
+        [*command, *script], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert f"{n_processes} process(es): fit" in result.stdout
-    assert len(joblib.load(output).classes_) == 3
+    assert len(joblib.load(tmp_path / "data_parallel.joblib").classes_) == 12
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from helpers import make_classifier
 from numpydoc.validate import validate
 
 import skqlora
+from skqlora import demo
 from skqlora.model import losses
 from skqlora.training.trainer import Trainer
 
@@ -19,6 +20,7 @@ PACKAGE = ROOT / "skqlora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top floor down: what is in a room may use what is in the rooms below it, and no others.
 ROOMS = [
+    "demo",
     "estimate",
     "display",
     "versions",
@@ -35,11 +37,16 @@ ROOMS = [
     "settings",
     "_utils",
 ]
-PUBLIC = [f"skqlora.{name}" for name in skqlora.__all__]
+PUBLIC = {
+    f"{module.__name__}.{name}": thing
+    for module in (skqlora, demo)
+    for name in module.__all__
+    if callable(thing := getattr(module, name))
+}
 METHODS = [
-    f"skqlora.{name}.{method}"
-    for name in skqlora.__all__
-    if isinstance(thing := getattr(skqlora, name), type)
+    f"{name}.{method}"
+    for name, thing in PUBLIC.items()
+    if isinstance(thing, type)
     for method in dir(thing)
     if not method.startswith("_")
     and callable(getattr(thing, method))
@@ -127,7 +134,7 @@ def test_the_path_of_a_fit_is_as_the_design_lists_it(encoder, corpus, monkeypatc
     assert [name.removeprefix("skqlora.") for name in path] == listed
 
 
-@pytest.mark.parametrize("name", PUBLIC + METHODS)
+@pytest.mark.parametrize("name", [*PUBLIC, *METHODS])
 def test_public_docstrings_are_numpydoc(name):
     errors = [(code, what) for code, what in validate(name)["errors"] if code not in UNCHECKED]
     assert not errors

@@ -88,8 +88,9 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=Path("bench_fit_predict.json"))
     options = parser.parse_args()
     if options.model is None:
-        sys.path.insert(0, str(Path(__file__).parent.parent))
-        options.model = importlib.import_module("demo").minilm_folder()
+        from skqlora.demo import minilm_folder  # here, so that the peer's process goes without
+
+        options.model = minilm_folder()
     return options
 
 

@@ -38,13 +38,14 @@ from sklearn.pipeline import make_pipeline
 from tasks import (
     add_options,
     common_key,
-    frozen_embeddings,
     load_table,
     primary_metric,
     resolve_model,
     run_missing,
     score,
 )
+
+from skqlora.demo import FrozenEmbeddings
 
 LAST_LAYERS = 2  # of the method that trains the last ones
 PRODUCT = "QLoRA NF4 + DQ"
@@ -74,7 +75,7 @@ def tfidf(model, multilabel, seed):
 
 def frozen(model, multilabel, seed, *, C=10):
     """Make logistic regression on the mean of the model's last hidden states."""
-    features = PairFeatures(frozen_embeddings(model))
+    features = PairFeatures(FrozenEmbeddings(model))
     return make_pipeline(features, logistic_regression(multilabel, C))
 
 

@@ -23,7 +23,9 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from tasks import add_options, common_key, frozen_embeddings, resolve_model, run_missing
+from tasks import add_options, common_key, resolve_model, run_missing
+
+from skqlora.demo import FrozenEmbeddings
 
 PENALTIES = np.logspace(-2, 4, 13)
 
@@ -43,7 +45,7 @@ def qlora(model, seed):
 
 METHODS = {
     "TF-IDF + ridge": lambda model, seed: ridge(TfidfVectorizer(ngram_range=(1, 2))),
-    "frozen + ridge": lambda model, seed: ridge(frozen_embeddings(model)),
+    "frozen + ridge": lambda model, seed: ridge(FrozenEmbeddings(model)),
     "QLoRARegressor": qlora,
 }
 

@@ -10,11 +10,9 @@ with the rate of plain matrix products of the model's sizes, measured in the sam
 """
 
 import argparse
-import importlib
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 from skqlora import QLoRAClassifier
+from skqlora.demo import minilm_folder
 
 # The values of each thing that is varied; meanwhile the others stay as in `main`.
 VARIED = {
@@ -74,9 +73,7 @@ def parse_arguments():
     options = parser.parse_args()
     if min(len(options.rows), len(options.tokens)) < 2:
         parser.error("--rows and --tokens take two numbers or more")
-    if options.model is None:
-        sys.path.insert(0, str(Path(__file__).parent.parent))
-        options.model = importlib.import_module("demo").minilm_folder()
+    options.model = options.model or minilm_folder()
     return options
 
 

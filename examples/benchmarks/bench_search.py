@@ -8,15 +8,14 @@ Prints a Markdown table of figures beside their targets and writes them as JSON:
 """
 
 import argparse
+import csv
 import ctypes
 import gc
 import hashlib
-import importlib
 import json
 import multiprocessing
 import pickle
 import platform
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from skqlora import QLoRAClassifier, backbone_cache_info, clear_backbone_cache
+from skqlora.demo import load_docstrings, minilm_folder
 
 RANKS = [4, 8, 16]
 FOLDS = 3
@@ -79,25 +79,20 @@ def parse_arguments():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("bench_search.json"))
     options = parser.parse_args()
-    options.model = options.model or demo().minilm_folder()
+    options.model = options.model or minilm_folder()
     return options
 
 
 def load_texts(options):
     """Return shuffled texts and labels."""
-    example = demo()
     if options.csv is None:
-        texts, labels = example.load_docstrings()
+        texts, labels = load_docstrings()
     else:
-        texts, labels = example.read_csv(options.csv, "text", "label")
+        with open(options.csv, newline="") as file:
+            rows = list(csv.DictReader(file))
+        texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     chosen = np.random.RandomState(0).permutation(len(texts))[: options.rows]
     return [texts[i] for i in chosen], [labels[i] for i in chosen]
-
-
-def demo():
-    """Import what the examples share: the texts and the model."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    return importlib.import_module("demo")
 
 
 # A search

@@ -8,7 +8,6 @@ which ``pip install datasets`` is needed.
 """
 
 import csv
-import importlib
 import json
 import multiprocessing
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
+
+from skqlora.demo import minilm_folder
 
 
 @dataclass(frozen=True)
@@ -281,23 +282,12 @@ def canonical(key):
 
 def resolve_model(model):
     """Return the model that was asked for, or the folder of the embedded MiniLM."""
-    return demo().minilm_folder() if model is None else model
+    return minilm_folder() if model is None else model
 
 
 def common_key(options):
     """Return what tells the runs of two calls apart beside task, seed and method."""
     return {"model": options.model, "test_rows": options.test_rows}
-
-
-def frozen_embeddings(model):
-    """Return the transformer of the examples that gives a frozen model's vectors."""
-    return demo().FrozenEmbeddings(model)
-
-
-def demo():
-    """Import what the examples share, which holds both."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    return importlib.import_module("demo")
 
 
 def add_options(parser, tasks, output):
