@@ -97,7 +97,6 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "first_notebook_cell": '# Install the package first: %pip install "skqlora[demo]"',
     "show_memory": False,
-    "reference_url": {"skqlora": None},
     "backreferences_dir": "_build/backreferences",
     "doc_module": ("skqlora",),
 }

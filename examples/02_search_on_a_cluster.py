@@ -28,9 +28,9 @@ N_TEXTS = 150
 # %%
 # A cluster
 # ---------
-# One thread a worker: a fit already uses all the cores that its process may. On machines with
-# GPUs, start one worker for each GPU and show it that one alone (``CUDA_VISIBLE_DEVICES``, or the
-# package ``dask-cuda``).
+# A worker has one thread, since a fit already uses all cores that its process may use. On machines
+# with GPUs, start one worker for each GPU and show it that one alone (``CUDA_VISIBLE_DEVICES``, or
+# the package ``dask-cuda``).
 
 
 def connect(scheduler):

@@ -3,7 +3,7 @@ A table of text, a category and a number
 ========================================
 
 A prompt with a field for each column turns a row into one text. A number can have a format, as in
-``{price:.2f}``. So the model reads the text together with what is known beside it.
+``{price:.2f}``. So the model reads the text together with what else is known.
 
 The table is of the installed SciPy and scikit-learn: the description of a function or class, the
 library that it is from, and how many parameters it has. The question is which area it is of.

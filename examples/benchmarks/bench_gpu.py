@@ -33,7 +33,7 @@ N_CLASSES = 4
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 SIZES = {  # hidden size, intermediate size, layers, heads, heads of keys and values
     "tiny": (64, 128, 2, 4, 2),
-    "0.6b": (1024, 3072, 28, 16, 8),  # Qwen3, but for its width of a head
+    "0.6b": (1024, 3072, 28, 16, 8),  # Qwen3, except for its width of a head
     "1b": (2048, 8192, 16, 32, 8),  # Llama 3.2
     "8b": (4096, 14336, 32, 32, 8),  # Llama 3.1, as 70b
     "33b": (6656, 17920, 60, 52, 52),  # LLaMA (arXiv 2302.13971, table 2), as 65b
@@ -64,7 +64,7 @@ def main():
 
 
 def run_settings(options):
-    """Return what a run was of, beside its size and side."""
+    """Return what a run was of, other than its size and side."""
     names = ("batch_size", "tokens", "updates", "checkpointing", "cap")
     return {name: getattr(options, name) for name in names}
 

@@ -1,5 +1,5 @@
 """
-Does it classify better? QLoRA beside what else one would do, on real texts.
+Does it classify better? QLoRA compared with what else one would do, on real texts.
 
 Nine methods are trained on the same texts: TF-IDF, a frozen model's embeddings, a head alone, the
 last layers, all layers, LoRA on an unquantized base, and QLoRA in three quantizations, of which the
@@ -11,7 +11,7 @@ compute dtype; and of a 4-bit base on a CPU only the linear layers compute in it
 run only if they are named by ``--methods``, say what that and the untuned rates are worth.
 
 Each run has a process of its own and is appended to a JSON-lines file, from which the next call
-goes on. Prints a Markdown table for each task, and one over all::
+resumes. Prints a Markdown table for each task, and one over all::
 
     python bench_methods.py --data folder
     python bench_methods.py --data folder --tasks trec6-100 --methods "QLoRA NF4 + DQ" --seeds 0
@@ -150,7 +150,7 @@ class DenseClassifier(ClassifierMixin, BaseEstimator):
     ----------
     model : str
     layers : int or "all"
-        How many at the end are trained beside the head; "all" trains the embeddings too.
+        How many at the end are trained besides the head; "all" trains the embeddings too.
     seed : int
     rate_factor : float
         Of the layers' learning rate over the rule's.

@@ -1,5 +1,5 @@
 """
-Does it predict numbers better? QLoRA beside ridge regressions, on the relatedness of sentences.
+Does it predict numbers better? QLoRA and ridge regressions, on the relatedness of sentences.
 
 The table is SICK: two sentences and how related they are, from 1 to 5. The baselines are ridge
 regressions, whose penalty cross-validation chooses, on what `bench_methods.py` has for pairs: the

@@ -1,7 +1,7 @@
 """
 What sharing one frozen base costs and saves: a search over the rank, many estimators, prediction.
 
-Prints a Markdown table of figures beside their targets and writes them as JSON::
+Prints a Markdown table of figures and their targets, and writes them as JSON::
 
     python bench_search.py                                    # docstrings and the embedded MiniLM
     python bench_search.py --csv train.csv --rows 600         # columns text and label

@@ -2,7 +2,7 @@
 How the settings of QLoRAClassifier change what it reaches: the sweeps behind its defaults.
 
 Each sweep is a list of parameters, each tried on every task with every seed, in a fresh process.
-Prints a Markdown table, appends each run to a JSON-lines file from which the next call goes on, and
+Prints a Markdown table, appends each run to a JSON-lines file from which the next call resumes, and
 draws a picture of a sweep over one parameter. ``--held-out`` scores on texts of ``train.csv`` that
 are not trained on, and so leaves the test file untouched::
 

@@ -2,7 +2,7 @@
 The tasks that benchmarks share: tables of texts, how a prediction is scored, and runs that resume.
 
 A table is ``folder/name/train.csv`` and ``test.csv`` with the columns "text" and "label", or
-"labels" with several ones joined by "|"; a few have other files beside these, and those of pairs
+"labels" with several ones joined by "|"; a few have other files as well, and those of pairs
 have two columns instead of "text". Without a folder the tables come from the Hugging Face Hub, for
 which ``pip install datasets`` is needed.
 """
@@ -269,7 +269,7 @@ def run_missing(keys, run, output):
 
 
 def read_runs(output):
-    """Read the runs of an earlier call, but for a line that a kill cut off."""
+    """Read the runs of an earlier call, except for a line that a kill cut off."""
     lines = output.read_text().split("\n") if output.exists() else [""]
     if lines[-1]:
         output.write_text("".join(line + "\n" for line in lines[:-1]))
@@ -286,7 +286,7 @@ def resolve_model(model):
 
 
 def common_key(options):
-    """Return what tells the runs of two calls apart beside task, seed and method."""
+    """Return what tells the runs of two calls apart, other than task, seed and method."""
     return {"model": options.model, "test_rows": options.test_rows}
 
 
