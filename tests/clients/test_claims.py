@@ -12,6 +12,7 @@ from cleanlab.classification import CleanLearning
 from datasets import Dataset
 from helpers import make_classifier
 from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.pipeline import make_pipeline as make_imblearn_pipeline
 from mapie.classification import SplitConformalClassifier
 from mapie.regression import SplitConformalRegressor
 from skactiveml.classifier import SklearnClassifier
@@ -59,7 +60,7 @@ def test_some_take_tables_only(clf, texts, table, labels, use):
     clf.set_params(num_train_epochs=10, batch_size=4)
     with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
         use(clf, texts, labels)
-    use(clf, table, labels)
+    assert getattr(use(clf, table, labels), "is_fitted_", True)  # SklearnClassifier hides failures
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,32 @@ def test_some_take_numbers_only(clf, looking_up, table, rows, labels, indicator,
     assert kind(looking_up).fit(rows, y).predict(rows).shape == y.shape
 
 
+@pytest.mark.parametrize("kind", [BaggingClassifier, AdaBoostClassifier, SklearnClassifier])
+def test_some_pass_on_no_names_of_columns(clf, table, labels, kind):
+    table = table.assign(price=range(48))
+    clf.set_params(num_train_epochs=10, batch_size=4, prompt="{0}: {1}")
+    options = {"missing_label": None} if kind is SklearnClassifier else {"n_estimators": 2}
+    assert kind(clf, **options).fit(table, labels).predict(table).shape == (48,)
+    clf.set_params(prompt="{text}: {price}")
+    if kind is SklearnClassifier:
+        assert not kind(clf, **options).fit(table, labels).is_fitted_
+    else:
+        with pytest.raises(ValueError, match="columns, which have no names"):
+            kind(clf, **options).fit(table, labels)
+
+
+@pytest.mark.parametrize("kind", ["importance", "sampler"])
+def test_others_pass_on_the_names_of_columns(clf, table, labels, kind):
+    table = table.assign(price=range(48))
+    clf.set_params(prompt="{text}: {price}")
+    if kind == "importance":
+        found = permutation_importance(clf.fit(table, labels), table, labels, n_repeats=1)
+        assert found.importances.shape == (2, 1)
+    else:
+        pipeline = make_imblearn_pipeline(RandomOverSampler(), clf).fit(table, labels)
+        assert list(pipeline[-1].feature_names_in_) == ["text", "price"]
+
+
 def test_query_strategies_take_numbers_only(clf, looking_up, table, rows, labels):
     partly = labels.copy()
     partly[24:] = None
@@ -81,7 +108,9 @@ def test_query_strategies_take_numbers_only(clf, looking_up, table, rows, labels
     known = {"classes": list(np.unique(labels)), "missing_label": None}
     with pytest.raises(ValueError, match="could not convert string to float"):
         query(table, partly, SklearnClassifier(clf, **known))
-    assert query(rows, partly, SklearnClassifier(looking_up, **known)) >= 24
+    fitted = SklearnClassifier(looking_up, **known).fit(rows, partly)
+    assert fitted.is_fitted_
+    assert query(rows, partly, fitted, fit_clf=False) >= 24
 
 
 def test_a_chain_may_show_the_labels_before(clf, texts, rows, indicator):
