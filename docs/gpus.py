@@ -90,6 +90,14 @@ def cell(sizes, free):
     return None
 
 
+def row_of(name, sizes, gpu):
+    """Return a model's row in the table of a GPU of so many GB; None if nothing fits."""
+    cells = [cell(sizes[n_tokens], gpu - CONTEXT) for n_tokens in LENGTHS]
+    if any(cells):
+        return f"| `{name}` | {' | '.join(c or 'no' for c in cells)} | estimated | |"
+    return None
+
+
 def measured_rows():
     """Return a row for each run of this package, by the GB of its GPU."""
     rows = {gpu: [] for gpu in GPUS}
@@ -110,11 +118,12 @@ def main():
     measured = measured_rows()
     for gpu in GPUS:
         print(f"\n## {gpu} GB\n")
-        print("| model | 128 tokens | 512 tokens | | tokens a second |\n|---|---|---|---|---|")
+        print(
+            "| model | 128 tokens, GB | 512 tokens, GB | | tokens a second |\n|---|---|---|---|---|"
+        )
         for name, of_model in sizes.items():
-            cells = [cell(of_model[n_tokens], gpu - CONTEXT) for n_tokens in LENGTHS]
-            if any(cells):
-                print(f"| `{name}` | {' | '.join(c or 'no' for c in cells)} | estimated | |")
+            if row := row_of(name, of_model, gpu):
+                print(row)
         print("\n".join(measured[gpu]))
 
 

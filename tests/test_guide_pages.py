@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from skqlora import QLoRAClassifier, QLoRARegressor
 
-GUIDE = Path(__file__).parent.parent / "docs" / "guide"
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDE = DOCS / "guide"
 DEFAULTS = {
     name: parameter.default
     for estimator in (QLoRAClassifier, QLoRARegressor)
@@ -85,3 +87,17 @@ def test_the_cheat_sheet_is_drawn_from_its_page():
     digest = hashlib.sha256((GUIDE / "cheat_sheet.md").read_bytes()).hexdigest()
     with Image.open(GUIDE / "cheat_sheet.png") as picture:
         assert picture.text["Source"] == digest
+
+
+@pytest.mark.slow
+def test_recipes_by_gpu_are_what_is_estimated_and_measured(monkeypatch):
+    """Run ``python docs/gpus.py`` for the tables if this fails."""
+    monkeypatch.syspath_prepend(DOCS)
+    gpus = importlib.import_module("gpus")
+    page = (GUIDE / "gpus.md").read_text()
+    name = "Qwen/Qwen3-0.6B-Base"
+    sizes = gpus.sizes_of(*gpus.SHOWN[name])
+    for gpu, measured in gpus.measured_rows().items():
+        section = page.partition(f"\n## {gpu} GB\n")[2].partition("\n## ")[0]
+        for row in (gpus.row_of(name, sizes, gpu), *measured):
+            assert row in section
