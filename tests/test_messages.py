@@ -1,6 +1,7 @@
 """The line that a warning points to, and what is suggested for a name that does not exist."""
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
+import skqlora
 from skqlora import QLoRAClassifier, QLoRARegressor
 
 SHORT = {"max_length": 4, "num_train_epochs": 1}
@@ -35,6 +37,11 @@ def test_warnings_within_a_search_point_to_the_users_line(encoder, corpus):
     with pytest.warns(UserWarning, match="are cut") as caught:
         search.fit(*corpus)
     assert lines_of(caught) == {(__file__, inspect.currentframe().f_lineno - 1)}
+
+
+def test_all_warnings_are_issued_in_one_place():
+    files = Path(skqlora.__file__).parent.rglob("*.py")
+    assert [path.name for path in files if "warnings.warn(" in path.read_text()] == ["messages.py"]
 
 
 @pytest.mark.parametrize("estimator", [QLoRAClassifier, QLoRARegressor])
