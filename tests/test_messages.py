@@ -54,7 +54,7 @@ def test_all_warnings_are_issued_in_one_place():
         ("dropout", "lora_dropout"),
         ("r", "lora_r"),
         ("seed", "random_state"),
-        ("modle", "model"),
+        ("model_path", "model"),
     ],
 )
 def test_unknown_parameters_suggest_the_nearest(estimator, name, meant):
@@ -85,7 +85,7 @@ def test_the_signature_of_the_constructor_stays():
     ("scoring", "meant"),
     [
         ("f1_marco", r" Did you mean 'f1_macro'\?"),
-        ("acuracy", r" Did you mean 'accuracy'\?"),
+        ("accuracyy", r" Did you mean 'accuracy'\?"),
         ("auc", r" Did you mean 'roc_auc'\?"),
         ("zzz", ""),
     ],
