@@ -404,9 +404,9 @@ def test_equal_texts_are_computed_once_and_many_in_chunks(clf, corpus, monkeypat
     expected = clf.predict_proba(texts)
     computed = []
 
-    def noting(model, tokens):
+    def noting(model, tokens, show):
         computed.append(len(tokens))
-        return predict_outputs(model, tokens)
+        return predict_outputs(model, tokens, show)
 
     monkeypatch.setattr("skqlora.model.prediction.predict_outputs", noting)
     monkeypatch.setattr("skqlora.base_estimator.PREDICTION_CHUNK", 20)

@@ -54,7 +54,7 @@ def test_all_warnings_are_issued_in_one_place():
         ("dropout", "lora_dropout"),
         ("r", "lora_r"),
         ("seed", "random_state"),
-        ("model_path", "model"),
+        ("model_name_or_path", "model"),
     ],
 )
 def test_unknown_parameters_suggest_the_nearest(estimator, name, meant):
