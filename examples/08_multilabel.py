@@ -16,6 +16,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from skqlora import LossCurveDisplay, QLoRAClassifier
 from skqlora.demo import load_documented, minilm_folder
 
+# sphinx_gallery_thumbnail_number = 2
 LABELS = ["axis", "tol", "random_state", "n_jobs", "sample_weight", "check_finite", "where"]
 
 # %%

@@ -80,7 +80,7 @@ axes.bar_label(bars, fmt="%.2f", padding=3)
 axes.axvline(0.5, color="0.5", linestyle="--", label="guessing")
 axes.set(xlabel=f"accuracy on {len(test)} pairs", xlim=(0, 1))
 axes.invert_yaxis()
-axes.legend(loc="lower right")
+axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 plt.show()
 
 # %%
