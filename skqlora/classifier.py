@@ -8,6 +8,7 @@ from sklearn.base import ClassifierMixin
 
 from skqlora.base_estimator import BaseQLoRA
 from skqlora.settings.constraints import PARAMETER_CONSTRAINTS
+from skqlora.settings.names import with_checked_names
 from skqlora.text.inputs import check_labelled_texts
 from skqlora.text.labels import check_classes, plain_labels
 from skqlora.text.targets import Classes
@@ -144,14 +145,13 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
         same call with an int as `random_state` resumes from there and comes to the same result: on
         a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
-        The number of updates between two checkpoints. One takes three to four times as much space
-        as the adapter.
+        The number of updates between two checkpoints, each three to four times the adapter's size.
     random_state : int, RandomState instance or None, default=None
         The seed of the initial values of adapter and head, of the held-out texts, of the order of
         the texts and of dropout. On a CPU the same seed and number of threads give the same weights
         bit for bit. No global random state is used or changed, except that None draws from NumPy's.
     verbose : int, default=0
-        1 shows progress bars of the fit, and of downloading and loading a model.
+        1 shows the progress of fits and long predictions, and of downloading and loading a model.
 
     Attributes
     ----------
@@ -218,6 +218,7 @@ class QLoRAClassifier(ClassifierMixin, BaseQLoRA):
     _target = Classes
     _parameter_constraints: ClassVar[dict[str, list]] = PARAMETER_CONSTRAINTS
 
+    @with_checked_names
     def __init__(
         self,
         model="Qwen/Qwen3-0.6B-Base",

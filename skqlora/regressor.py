@@ -7,6 +7,7 @@ from sklearn.base import RegressorMixin
 
 from skqlora.base_estimator import BaseQLoRA
 from skqlora.settings.constraints import REGRESSOR_CONSTRAINTS
+from skqlora.settings.names import with_checked_names
 from skqlora.text.inputs import check_numbered_texts
 from skqlora.text.targets import Numbers
 from skqlora.training.callbacks import with_callbacks
@@ -141,14 +142,13 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
         same call with an int as `random_state` resumes from there and comes to the same result: on
         a CPU bit for bit, with the same number of threads.
     checkpoint_every : int, default=500
-        The number of updates between two checkpoints. One takes three to four times as much space
-        as the adapter.
+        The number of updates between two checkpoints, each three to four times the adapter's size.
     random_state : int, RandomState instance or None, default=None
         The seed of the initial values of adapter and head, of the held-out texts, of the order of
         the texts and of dropout. On a CPU the same seed and number of threads give the same weights
         bit for bit. No global random state is used or changed, except that None draws from NumPy's.
     verbose : int, default=0
-        1 shows progress bars of the fit, and of downloading and loading a model.
+        1 shows the progress of fits and long predictions, and of downloading and loading a model.
 
     Attributes
     ----------
@@ -205,6 +205,7 @@ class QLoRARegressor(RegressorMixin, BaseQLoRA):
     _target = Numbers
     _parameter_constraints: ClassVar[dict[str, list]] = REGRESSOR_CONSTRAINTS
 
+    @with_checked_names
     def __init__(
         self,
         model="Qwen/Qwen3-0.6B-Base",
