@@ -73,15 +73,22 @@ def read_csv(path, text, label):
         raise SystemExit(f"There is no file {str(path)!r}.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows = list(reader)
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not in UTF-8: {error}. Save it in UTF-8.") from None
     if not rows:
         raise SystemExit(f"{path} has no rows.")
-    missing = {text, label} - set(rows[0])
+    missing = {text, label} - set(reader.fieldnames)
     if missing:
         raise SystemExit(
-            f"{path} has no column {min(missing)!r}. Its columns: {', '.join(rows[0])}"
+            f"{path} has no column {min(missing)!r}. Its columns: {', '.join(reader.fieldnames)}"
+        )
+    wide = [number for number, row in enumerate(rows, start=1) if None in row]
+    if wide:
+        raise SystemExit(
+            f"Row {wide[0]} of {path} has more cells than the header. Put texts with commas in "
+            "double quotes."
         )
     bare = [number for number, row in enumerate(rows, start=1) if not row[label]]
     if bare:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 
+from skqlora._utils.libraries import muted
+
 __all__ = [
     "AREAS",
     "Documented",
@@ -237,16 +239,23 @@ class FrozenEmbeddings(TransformerMixin, BaseEstimator):
         -------
         vectors : ndarray of shape (n_texts, hidden_size)
             A vector for each text.
+
+        Raises
+        ------
+        ValueError
+            If X is no list of texts, or an empty one.
         """
         import torch
         from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        if isinstance(X, str) or np.ndim(X) != 1 or not len(X):
+            raise ValueError(f"Got X of type {type(X).__name__}. Wanted: a list or array of texts.")
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval().to(device)
+        with muted():
+            model = AutoModel.from_pretrained(self.model, dtype=torch.float32)
+        model = model.eval().to(device)
         vectors = []
         for start in range(0, len(X), BATCH_SIZE):
             batch = tokenizer(

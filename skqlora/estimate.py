@@ -29,15 +29,16 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
         ``**clf.get_params()`` for those of an estimator. Texts count as `max_length` tokens long,
         and `batch_size` of them share a pass. On a CPU no more than 2,048 tokens do, because that
         is faster, so that there only a small `batch_size` matters.
-        ``gradient_checkpointing="auto"`` counts as False here; `fit` turns it on if the fit would
-        not fit into memory otherwise.
+        With ``gradient_checkpointing="auto"`` there are two totals: `fit` computes activations
+        again if the fit would not fit into memory otherwise.
 
     Returns
     -------
     estimate : MemoryEstimate
         The numbers of bytes: `base`, `adapter`, `gradients`, `optimizer`, `activations`,
-        `workspace`, their `total`, and `resident`, which leaves out an optimizer state that may be
-        paged to the host. Printing the estimate shows a table. Only tensors are counted. On a GPU
+        `workspace`, their `total`, `total_checkpointed`, which is that with activations computed
+        again, and `resident`, which leaves out an optimizer state that may be paged to the host.
+        Printing the estimate shows a table. Only tensors are counted. On a GPU
         the CUDA context adds 0.3 to 0.6 GB; on a CPU the process, its libraries and their caches
         add 1 GB and more.
 
@@ -68,13 +69,14 @@ def estimate_memory(model="Qwen/Qwen3-0.6B-Base", *, n_classes=2, **params):
     --------
     >>> from skqlora import estimate_memory
     >>> print(estimate_memory("Qwen/Qwen3-0.6B-Base", batch_size=4, max_length=512, device="cuda"))
-    base                                538.5 MB
-    adapter and head                     40.4 MB
-    their gradients                      40.4 MB
-    optimizer, paged                     80.8 MB
-    activations of 4 x 512 tokens     3,273.1 MB
-    workspace                            72.6 MB
-    total                             4,045.7 MB
+    base                                           538.5 MB
+    adapter and head                                40.4 MB
+    their gradients                                 40.4 MB
+    optimizer, paged                                80.8 MB
+    activations of 4 x 512 tokens                3,273.1 MB
+    workspace                                       72.6 MB
+    total                                        4,045.7 MB
+    total, if activations are computed again     1,019.5 MB
     """
     kind = QLoRARegressor if "loss" in params else QLoRAClassifier
     check_scalar(n_classes, "n_classes", Integral, min_val=1 if kind is QLoRARegressor else 2)

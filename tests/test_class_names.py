@@ -1,6 +1,10 @@
 """A head that starts from a decoder's output embeddings of the classes' names."""
 
+import ast
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -106,3 +110,23 @@ def test_name_that_is_no_unicode_is_refused(decoder, corpus):
     clf = make_classifier(decoder, init_head_weights="class_names", prompt=PROMPT)
     with pytest.raises(ValueError, match=r"Got the class .* no valid Unicode"):
         clf.fit(corpus[0], labels)
+
+
+def test_a_start_without_a_prompt_is_warned_of_with_one_for_these_columns(tmp_path, corpus):
+    texts, labels = corpus
+    folder = save_causal(tmp_path, "llama", tied=True)
+    clf = make_classifier(folder, init_head_weights="class_names", **HARDLY)
+    table = pd.DataFrame({"title": texts, "body": texts})
+    with pytest.warns(UserWarning, match="without a prompt") as found:
+        clf.fit(table, labels)
+    [example] = {re.search(r"e\.g\. ('.*')\.$", str(each.message))[1] for each in found}
+    prompt = ast.literal_eval(example)
+    assert prompt.endswith("\nLabel:")
+    clf.set_params(prompt=prompt).fit(table, labels)  # warnings are errors
+    with pytest.warns(UserWarning, match=r"e\.g\. '{text}\\nLabel:'\.$"):
+        clf.set_params(prompt=None).fit(texts, labels)
+
+
+def test_an_encoder_is_refused_without_advice_on_prompts(encoder, corpus):
+    with pytest.raises(ValueError, match="no decoder"):
+        make_classifier(encoder, init_head_weights="class_names").fit(*corpus)

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from skqlora import demo
@@ -56,3 +57,9 @@ def test_import_loads_neither_torch_nor_the_model():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("texts", ["a text", [], pd.DataFrame({"text": ["a", "b"]})], ids=str)
+def test_frozen_embeddings_want_a_list_of_texts(encoder, texts):
+    with pytest.raises(ValueError, match="Wanted: a list or array of texts"):
+        demo.FrozenEmbeddings(encoder).transform(texts)

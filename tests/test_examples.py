@@ -55,6 +55,7 @@ def test_own_table_and_model(tmp_path, encoder, corpus, monkeypatch, capsys):
         (["text,label", *["a,b"] * 5], "All texts are of one class, 'b'"),
         (["text,label", "a,b", "c,", "d"], r"2 row\(s\) without a 'label', the first is row 2"),
         (["text,label", "\udcff,b"], "is not in UTF-8"),
+        (["text,label", "a,b", "slow, but ok,c"], "Row 2 of .* has more cells than the header"),
     ],
 )
 def test_own_tables_that_cannot_work_are_refused(tmp_path, monkeypatch, rows, message):

@@ -153,7 +153,7 @@ def test_parts_of_an_estimate_of_a_fit(encoder):
     assert (estimated.adapter, estimated.gradients) == (n_bytes, n_bytes)
     assert estimated.optimizer == 2 * n_bytes
     assert (estimated.n_texts, estimated.n_tokens) == (2, 128)
-    assert str(estimated).splitlines()[-1].split()[0] == "total"
+    assert str(estimated).splitlines()[-2].split()[0] == "total"
     with_8_bits = estimate_memory(encoder, n_classes=3, lora_r=4, optim="paged_adamw_8bit")
     assert with_8_bits.optimizer < estimated.optimizer / 3
     again = estimate_memory(encoder, batch_size=2, gradient_checkpointing=True, **here)
@@ -282,3 +282,13 @@ def test_free_memory_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert free_memory(torch.device("cuda", 1)) == 220
     assert free_memory(torch.device("cuda", 0), spread=True) == 340
+
+
+def test_estimate_has_the_total_with_activations_computed_again(tiny_model):
+    params = {"device": "cpu", "max_length": 32, "lora_r": 4}
+    estimate = estimate_memory(tiny_model("llama"), **params)
+    again = estimate_memory(tiny_model("llama"), gradient_checkpointing=True, **params)
+    assert estimate.total_checkpointed == again.total < estimate.total
+    assert "total, if activations are computed again" in str(estimate)
+    assert again.total_checkpointed is None
+    assert "if activations" not in str(again)

@@ -1,5 +1,6 @@
 """What a fit and a prediction show of their progress, in a terminal and in a file."""
 
+import io
 import re
 
 import pytest
@@ -111,4 +112,20 @@ def test_a_prediction_writes_nothing_to_a_file(clf, corpus, capsys):
 
 def test_without_a_stderr_there_is_no_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
+    assert not progress.bars_can_move()
+
+
+def test_bars_and_lines_are_of_the_first_process_with_a_stderr_alone(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys, "stderr", None)
+    with progress.FitProgress(4, 1, shown=True) as shown:
+        shown.end_epoch()
+    assert capsys.readouterr().out == ""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    assert progress.bars_can_move()
+    monkeypatch.setenv("RANK", "1")
+    assert not progress.bars_can_move()
+    terminal.close()
+    monkeypatch.delenv("RANK")
     assert not progress.bars_can_move()

@@ -4,6 +4,7 @@ A bar is drawn again and again over itself. That needs a notebook or a terminal;
 be one long line.
 """
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -45,8 +46,13 @@ def text_bar(what: str, n_texts: int, *, shown: bool, delay: float = 0, leave: b
 
 def bars_can_move() -> bool:
     """Tell whether tqdm draws in a notebook, or in a terminal."""
-    is_terminal = getattr(sys.stderr, "isatty", None)  # there is no stderr without a console
-    return issubclass(tqdm, tqdm_notebook) or (is_terminal is not None and is_terminal())
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun starts several processes on one terminal
+        return False
+    return issubclass(tqdm, tqdm_notebook) or (_stderr_is_open() and sys.stderr.isatty())
+
+
+def _stderr_is_open() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed  # there is none without a console
 
 
 class FitProgress:
@@ -65,7 +71,7 @@ class FitProgress:
 
     def __init__(self, n_texts: int, n_epochs: int, *, shown: bool):
         self._bar = text_bar("fit", n_texts * n_epochs, shown=shown)
-        self._writes_lines = shown and not bars_can_move()
+        self._writes_lines = shown and not bars_can_move() and _stderr_is_open()
         self._figures: dict[str, object] = {}
         self._began = time.perf_counter()  # the epoch
 

@@ -60,6 +60,9 @@ class MemoryEstimate:
         Whether activations are computed again in the backward pass instead of kept.
     optimizer_paged : bool
         Whether the moments may move to the host's memory when the GPU's memory runs out.
+    total_checkpointed : int or None
+        The total if activations are computed again instead of kept, which `fit` does if the rest
+        would not fit and `gradient_checkpointing` is "auto". None if that is settled already.
     """
 
     base: int
@@ -72,6 +75,7 @@ class MemoryEstimate:
     n_tokens: int
     gradient_checkpointing: bool
     optimizer_paged: bool
+    total_checkpointed: int | None = None
 
     @property
     def total(self) -> int:
@@ -112,6 +116,8 @@ class MemoryEstimate:
             ("workspace", self.workspace),
             ("total", self.total),
         ]
+        if self.total_checkpointed is not None:
+            rows.append(("total, if activations are computed again", self.total_checkpointed))
         return [(name, _megabytes(size)) for name, size in rows]
 
 

@@ -1,6 +1,6 @@
 """Whether a fit fits into the memory that is free, decided before a base is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -95,8 +95,8 @@ def estimate_fit(parameters: Parameters, n_outputs: int) -> MemoryEstimate:
     Parameters
     ----------
     parameters : Parameters
-        The parameters of the fit. Their device need not be on this machine, and "auto"
-        checkpointing counts as none.
+        The parameters of the fit. Their device need not be on this machine. With "auto"
+        checkpointing the estimate is without it, and has the total with it as well.
     n_outputs : int
 
     Returns
@@ -109,7 +109,12 @@ def estimate_fit(parameters: Parameters, n_outputs: int) -> MemoryEstimate:
     tokenizer = load_tokenizer(spec.model, spec.revision, spec.files)
     n_tokens = resolve_max_length(parameters, architecture.max_length(tokenizer.max_length))
     planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_outputs, n_tokens)
-    return planned.estimate(checkpointing=parameters.gradient_checkpointing is True)
+    asked = parameters.gradient_checkpointing
+    estimate = planned.estimate(checkpointing=asked is True)
+    least = planned.estimate(checkpointing=True)
+    if asked == "auto" and least.gradient_checkpointing:
+        return replace(estimate, total_checkpointed=least.total)
+    return estimate
 
 
 def fits(estimate: MemoryEstimate, free: float) -> bool:

@@ -60,4 +60,4 @@ class _RMSNorm(torch.autograd.Function):
         normed, root, weight = ctx.saved_tensors
         grad = grad * weight
         mean = torch.linalg.vecdot(grad, normed).div_(grad.shape[-1])[..., None]
-        return torch.addcmul(grad, normed, mean, value=-1).mul_(root.to(grad.dtype)), None, None
+        return torch.addcmul(grad, normed, mean, value=-1).mul_(root), None, None

@@ -4,7 +4,7 @@ A forward pass must be a function of its texts alone. This module knows nothing 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -31,7 +31,8 @@ def try_base(base: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     Configurations do not say whether a token sees those after it: `is_decoder` is unset for Llama.
     So the model is run on two inputs that differ in their last token. A third input, which is
     padded to the length of another one beside it, shows whether a text's result depends on its
-    neighbours. At the end the first input comes again.
+    neighbours. At the end the first input comes again. For a base in 16 bits the padding is tried
+    in float32 as well.
 
     Parameters
     ----------
@@ -96,10 +97,13 @@ def try_base(base: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
     error, allowed = _difference(module, plain, beside_longer), tolerance
     in_16_bits = spec.storage_dtype == torch.bfloat16 and spec.quantization is not None
     if error <= allowed and in_16_bits and not has_experts(module):
-        with suppress(Exception):  # some code takes nothing but the dtype of the weights
-            _compute_in_float32(module)
+        _compute_in_float32(module)
+        try:
             plain, beside_longer = hidden_states(ids), hidden_states(both, mask)[: len(plain)]
             error, allowed = _difference(module, plain, beside_longer), TOLERANCE[torch.float32]
+        except RuntimeError as failure:  # some code takes nothing but the dtype of the weights
+            if "dtype" not in str(failure):
+                raise
     if not error <= allowed:
         raise ValueError(
             f"{name} gives a text another result beside a longer one, to whose length it is padded "
@@ -110,9 +114,9 @@ def try_base(base: PreTrainedModel, spec: BackboneSpec) -> tuple[int, bool]:
 
 
 def _compute_in_float32(replica: PreTrainedModel) -> None:
-    """Let a replica compute in float32, where the rounding of 16 bits hides nothing.
+    """Let a replica of a 4-bit base compute in float32, where rounding hides nothing.
 
-    Matrices stay as they are, and what an embedding looks up is raised.
+    4-bit matrices and embeddings stay as they are; what they give is raised.
     """
     for module in replica.modules():
         if isinstance(module, bnb.nn.Linear4bit):

@@ -130,11 +130,11 @@ class Classes:
         ]
         one_each = not (self.multilabel or earlier.multilabel)
         fewer = one_each and set(self.values.tolist()) < set(earlier.values.tolist())
-        pieces = " `partial_fit` takes texts of some of the classes." * fewer
+        remedy = " To train on texts of only some classes, call `partial_fit`." if fewer else ""
         raise ValueError(
             f"Got y with the classes {short(self.values.tolist())} ({kinds[0]}) but the fit to "
             f"continue from has {short(earlier.values.tolist())} ({kinds[1]}). Wanted: the same "
-            f"classes, or `fit` with warm_start=False.{pieces}"
+            f"classes, or `fit` with warm_start=False.{remedy}"
         )
 
 

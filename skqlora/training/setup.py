@@ -145,8 +145,8 @@ def prepared_training(
         token_type_ids=architecture.takes_token_type_ids and tokenizer.gives_token_type_ids,
     )
     check_class_names(parameters, table)
-    if start is None:
-        warn_of_missing_prompt(parameters)
+    if start is None and not architecture.is_encoder:
+        warn_of_missing_prompt(parameters, table)
     cuts = Cuts()
     tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size, cuts)
     longer = text_settings.max_length < architecture.max_length(tokenizer.max_length)
