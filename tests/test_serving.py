@@ -1,6 +1,7 @@
 """The example of a service."""
 
 import importlib.util
+import re
 import sys
 import threading
 import time
@@ -201,11 +202,15 @@ def test_app_says_what_it_wants(serving, folder, monkeypatch, tmp_path):
     monkeypatch.delenv("SKQLORA_CLASSIFIERS", raising=False)
     with pytest.raises(RuntimeError, match="Got SKQLORA_CLASSIFIERS=''"):
         _ = serving.app
-    for wrong in (tmp_path, folder / "topics"):
+    for wrong, message in (
+        (tmp_path, "holds no folders that `QLoRAClassifier.save` wrote"),
+        (
+            folder / "topics",
+            "topics' is itself a saved classifier. Pass the folder that contains it",
+        ),
+    ):
         with (
-            pytest.raises(
-                RuntimeError, match=r"holds no folders that `QLoRAClassifier.save` wrote"
-            ),
+            pytest.raises(RuntimeError, match=re.escape(message)),
             TestClient(serving.create_app(wrong)),
         ):
             pass

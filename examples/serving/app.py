@@ -1,13 +1,14 @@
 r"""
 A small service: classifiers of one base behind HTTP.
 
-Serves every folder of a folder that `QLoRAClassifier.save` wrote. Classifiers of the same base
+Serves all classifiers that `QLoRAClassifier.save` wrote into one folder, each of them into a folder
+of its own. `SKQLORA_CLASSIFIERS` is the folder that contains theirs. Classifiers of the same base
 share it. Requests that come in while others are computed wait together, and those of a classifier
 go into one call. Nothing is ever unpickled, and nothing can be uploaded::
 
     pip install ".[serving]"
-    python -c "...; clf.save('folder/tickets')"
-    SKQLORA_CLASSIFIERS=folder uvicorn --app-dir examples/serving app:app
+    python -c "...; clf.save('classifiers/tickets')"
+    SKQLORA_CLASSIFIERS=classifiers uvicorn --app-dir examples/serving app:app
     curl localhost:8000/classifiers/tickets -H 'Content-Type: application/json' \
         -d '{"texts": ["Where is my card?"]}'
 
@@ -201,13 +202,7 @@ def create_app(folder):
 
     @asynccontextmanager
     async def lifespan(app):
-        classifiers = {
-            path.name: QLoRAClassifier.load(path)
-            for path in sorted(Path(folder).iterdir())
-            if (path / "skqlora.json").exists()
-        }
-        if not classifiers:
-            raise RuntimeError(f"{folder} holds no folders that `QLoRAClassifier.save` wrote.")
+        classifiers = load_all(Path(folder))
         for clf in classifiers.values():  # reads the base before the first request
             await asyncio.to_thread(warm_up, clf)
         app.state.batcher = Batcher(classifiers)
@@ -260,6 +255,22 @@ def create_app(folder):
         return Answer(classes=classes, labels=labels, probabilities=proba.tolist())
 
     return app
+
+
+def load_all(folder):
+    """Return the classifiers of a folder by the names of their folders."""
+    if (folder / "skqlora.json").exists():
+        raise RuntimeError(
+            f"{str(folder)!r} is itself a saved classifier. Pass the folder that contains it."
+        )
+    classifiers = {
+        path.name: QLoRAClassifier.load(path)
+        for path in sorted(folder.iterdir())
+        if (path / "skqlora.json").exists()
+    }
+    if not classifiers:
+        raise RuntimeError(f"{folder} holds no folders that `QLoRAClassifier.save` wrote.")
+    return classifiers
 
 
 def columns_of(clf):
