@@ -1,17 +1,20 @@
 """The line that a warning points to, and what is suggested for a name that does not exist."""
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import make_classifier
+from joblib import parallel_config
 from sklearn.base import clone
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 
 import skqlora
 from skqlora import QLoRAClassifier, QLoRARegressor
+from skqlora._utils.messages import nearest
 
 SHORT = {"max_length": 4, "num_train_epochs": 1}
 
@@ -39,6 +42,22 @@ def test_warnings_within_a_search_point_to_the_users_line(encoder, corpus):
     assert lines_of(caught) == {(__file__, inspect.currentframe().f_lineno - 1)}
 
 
+def test_warnings_from_a_thread_point_to_the_outermost_method(encoder, corpus):
+    with pytest.warns(UserWarning, match="are cut"):
+        clf = make_classifier(encoder, **SHORT).fit(*corpus)
+    with pytest.warns(UserWarning, match="are cut") as caught, ThreadPoolExecutor(1) as pool:
+        pool.submit(clf.predict, corpus[0]).result()
+    ((file, _),) = lines_of(caught)
+    assert Path(file) == Path(skqlora.__file__).parent / "classifier.py"
+
+
+def test_warnings_from_threads_of_a_search_do_not_point_to_the_standard_library(encoder, corpus):
+    clf = make_classifier(encoder, **SHORT)
+    with pytest.warns(UserWarning, match="are cut") as caught, parallel_config("threading"):
+        cross_val_score(clf, *corpus, cv=2, n_jobs=2)
+    assert {Path(file).parent.name for file, _ in lines_of(caught)} == {"joblib"}
+
+
 def test_all_warnings_are_issued_in_one_place():
     files = Path(skqlora.__file__).parent.rglob("*.py")
     assert [path.name for path in files if "warnings.warn(" in path.read_text()] == ["messages.py"]
@@ -55,6 +74,19 @@ def test_all_warnings_are_issued_in_one_place():
         ("r", "lora_r"),
         ("seed", "random_state"),
         ("model_name_or_path", "model"),
+        ("n_epochs", "num_train_epochs"),
+        ("dtype", "compute_dtype"),
+        ("torch_dtype", "compute_dtype"),
+        ("lora_layers", "layers"),
+        ("lora_target", "target_modules"),
+        ("max_tokens", "max_length"),
+        ("quant", "quantization"),
+        ("quant_type", "quantization"),
+        ("load_in_4bit", "quantization"),
+        ("patience", "n_iter_no_change"),
+        ("eval_split", "validation_fraction"),
+        ("val_split", "validation_fraction"),
+        ("warmup", "warmup_steps"),
     ],
 )
 def test_unknown_parameters_suggest_the_nearest(estimator, name, meant):
@@ -65,6 +97,28 @@ def test_unknown_parameters_suggest_the_nearest(estimator, name, meant):
     with pytest.raises(ValueError, match="Wanted: one of those in `help") as error:
         estimator().set_params(**{name: 1})
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("known", [("top_b", "top_a"), ("top_a", "top_b")])
+def test_the_suggestion_does_not_depend_on_the_order(known):
+    assert nearest("top", known) == "top_a"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "name", "hint"),
+    [
+        (QLoRAClassifier, "weights", "Did you mean 'class_weight'? Weights of texts are "),
+        (QLoRAClassifier, "weight", "Did you mean 'class_weight'? Weights of texts are "),
+        (QLoRARegressor, "weights", "Weights of texts are the argument sample_weight of `fit`."),
+        (QLoRAClassifier, "sample_weight", "Weights of texts are the argument sample_weight of "),
+        (QLoRAClassifier, "loss", "Only QLoRARegressor has it, for targets that are numbers."),
+    ],
+)
+def test_parameters_that_are_elsewhere_are_found(estimator, name, hint):
+    with pytest.raises(TypeError) as error:
+        estimator("folder", **{name: 1})
+    start = f"{estimator.__name__} has no parameter '{name}'. {hint}"
+    assert str(error.value).startswith(start)
 
 
 def test_a_name_like_no_other_suggests_nothing():
@@ -86,6 +140,10 @@ def test_the_signature_of_the_constructor_stays():
     [
         ("f1_marco", r" Did you mean 'f1_macro'\?"),
         ("accuracyy", r" Did you mean 'accuracy'\?"),
+        ("f1_score", r" Did you mean 'f1'\?"),
+        ("r2_score", r" Did you mean 'r2'\?"),
+        ("recall_score", r" Did you mean 'recall'\?"),
+        ("precision_score", r" Did you mean 'precision'\?"),
         ("auc", r" Did you mean 'roc_auc'\?"),
         ("zzz", ""),
     ],
@@ -101,17 +159,8 @@ def test_warm_start_with_some_of_the_classes_names_partial_fit(encoder, corpus):
     clf = make_classifier(encoder, num_train_epochs=1, warm_start=True).fit(*corpus)
     some = [i for i, label in enumerate(corpus[1]) if label != "number"]
     texts, labels = (np.array(values)[some] for values in corpus)
-    with pytest.raises(ValueError, match=r"`partial_fit` takes texts of some of the classes\.$"):
+    with pytest.raises(ValueError, match=r"texts of only some classes, call `partial_fit`\.$"):
         clf.fit(texts, labels)
     with pytest.raises(ValueError, match=r"warm_start=False\.$"):
         clf.fit(texts, [f"new {label}" for label in labels])
     clf.partial_fit(texts, labels)
-
-
-def test_a_start_from_class_names_wants_a_prompt(encoder, corpus):
-    clf = make_classifier(encoder, init_head_weights="class_names")
-    with (
-        pytest.warns(UserWarning, match=r"without a prompt\. .*'\{text\}\\nLabel:'"),
-        pytest.raises(ValueError, match="no decoder"),
-    ):
-        clf.fit(*corpus)

@@ -51,19 +51,36 @@ def plain_reason(error: BaseException, model: str, revision: str | None) -> str 
             f"It has no revision={revision!r} on the Hub. Pass a branch, tag or commit of "
             f"https://huggingface.co/{model}, or revision=None."
         ),
+        RemoteEntryNotFoundError: "Its repository on the Hub lacks a file that is needed.",
+        HfHubHTTPError: _said_by_status(error),
         LocalEntryNotFoundError: not_here,
         OfflineModeIsEnabled: not_here,
         HFValidationError: "This is neither a folder nor of the form of an id of the Hub.",
-        RemoteEntryNotFoundError: "Its repository on the Hub lacks a file that is needed.",
-        HfHubHTTPError: "The Hub answered with an error. Try again later.",
     }
+    # An answer of the Hub comes first, because the error that wraps it says only that the file is
+    # not in the cache.
+    causes = sorted(_causes(error), key=lambda cause: not isinstance(cause, HfHubHTTPError))
     found = (
-        reason
-        for cause in _causes(error)
-        for kind, reason in reasons.items()
-        if isinstance(cause, kind)
+        reason for cause in causes for kind, reason in reasons.items() if isinstance(cause, kind)
     )
     return next(found, None)
+
+
+def _said_by_status(error: BaseException) -> str:
+    """Say what the status of the Hub's answer means, if there was an answer."""
+    answers = (cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError))
+    status = next((answer.status_code for answer in answers), None)
+    if status == 401:
+        return (
+            "The Hub does not accept the token of this machine: it is not valid, or has expired. "
+            "Log in again: `hf auth login`, or renew HF_TOKEN where that is set."
+        )
+    if status == 403:
+        return (
+            "The Hub gives no permission to read it. Ask its owner for permission, or log in with "
+            "a token that has it: `hf auth login`."
+        )
+    return f"The Hub answered with {status}. Try again later."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -68,19 +68,38 @@ def _why_unknown(model: str, revision: str | None) -> str | None:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
     except Exception:  # the file is damaged, or is not there
         return None
-    family = config.get("model_type")
-    if not config:
-        return "Its repository has no config.json, as one of adapters or GGUF files has none."
-    if "AutoConfig" in config.get("auto_map", {}):
+    if config == {} and not _has_config(model, revision):
+        return (
+            "Its repository has no config.json. Repositories of adapters or GGUF files have none."
+        )
+    if not isinstance(config, dict):
+        return "Its config.json is no JSON object."
+    return _why_unfit(config)
+
+
+def _has_config(model: str, revision: str | None) -> bool:
+    return bool(
+        cached_file(
+            model, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    )
+
+
+def _why_unfit(config: dict) -> str | None:
+    """Say why a configuration is of no known family, or None if it is of one."""
+    family, code = config.get("model_type"), config.get("auto_map")
+    if isinstance(family, str) and family in CONFIG_MAPPING:
+        return None
+    if isinstance(code, dict) and "AutoConfig" in code:
         return "Its repository comes with code of its own, which is never run."
     if family is None:
         return "Its config.json names no model_type."
-    if family not in CONFIG_MAPPING:
-        return (
-            f"Its config.json is of the family {family!r}, which transformers "
-            f"{transformers.__version__} does not know. A newer version may."
-        )
-    return None
+    if not isinstance(family, str):
+        return f"Its config.json has the model_type {family!r}, which is no text."
+    return (
+        f"Its config.json is of the family {family!r}, which transformers "
+        f"{transformers.__version__} does not know. A newer version may."
+    )
 
 
 def warn_of_adapter(model: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_files
 
 from skqlora._utils.caches import registered_lru_cache
 from skqlora._utils.hub import plain_reason
@@ -36,14 +36,21 @@ FINGERPRINTED_TEXTS = (
     "pneumonoultramicroscopicsilicovolcanoconiosis",
 )  # letters, numbers, spaces, accents composed and not, scripts, code, an emoji
 # The files that a tokenizer is made of, of which there is one at least.
-TOKENIZER_FILES = (
+TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer.model",
-    "spiece.model",
+    "bpe.codes",
+    "byte_maps.json",
+    "prophetnet.tokenizer",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
     "vocab.json",
     "vocab.txt",
-)
+]
 CACHE_BYTES = 64_000_000  # the most that each tokenizer uses for remembered texts and ids
 
 
@@ -93,10 +100,10 @@ def load_tokenizer(
 
 
 def _has_tokenizer_files(model: str, revision: str | None) -> bool:
-    return any(
-        cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        for name in TOKENIZER_FILES
+    found = cached_files(
+        model, TOKENIZER_FILES, revision=revision, _raise_exceptions_for_missing_entries=False
     )
+    return bool(found)
 
 
 def check_tokenizer(tokenizer: "CachingTokenizer", model: str, fingerprint: str) -> None:
