@@ -135,3 +135,15 @@ def test_sizes_of_the_guide_are_those_of_an_estimate():
     for name in ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-8B-Base"):
         gigabytes = [f"{n / 1e9:.1f}" for n in sizes.estimates_of(*sizes.MODELS[name])]
         assert f"| `{name}` | {' | '.join(gigabytes)} |" in page
+
+
+LINKED = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDE]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page):
+    """So they also work where the sources are read, without the site."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
