@@ -48,7 +48,7 @@ def test_class_weight_moves_the_predictions(encoder, texts):
         ({"sample_weight": ["a", "b"]}, {}, "not all numbers"),
         ({"sample_weight": [1, 0]}, {}, r"leave only the classes \['a'\]"),
         ({}, {"class_weight": {"c": 2}}, r"class_weight for \['c'\].*same type: \['a', 'b'\]"),
-        ({}, {"scoring": "best"}, "'scoring' parameter"),
+        ({}, {"scoring": "best"}, "scoring='best', which is no scorer"),
         ({}, {"class_weight": {"a": -2}}, "weight -2 in class_weight"),
         ({}, {"class_weight": [{0: 1}]}, "list as class_weight"),
         ({"sample_weight_val": [1]}, {}, "sample_weight_val without X_val and y_val"),
@@ -66,7 +66,7 @@ def test_class_weight_moves_the_predictions(encoder, texts):
         (
             {"X_val": ["a"], "y_val": ["a"]},
             {"early_stopping": True, "scoring": "best"},
-            "'scoring' par",
+            "scoring='best', which is no scorer",
         ),
     ],
 )
