@@ -62,7 +62,8 @@ def test_a_fit_that_stops_early_ends_with_a_full_bar(encoder, corpus, bars, caps
     n_texts = clf.n_iter_ * clf.n_samples_seen_
     assert clf.n_iter_ < 9
     assert bars == [("fit", n_texts, n_texts)]
-    assert f"100%|██████████| {n_texts}/{n_texts}" in capsys.readouterr().err
+    # How many blocks the bar has depends on the version of tqdm.
+    assert re.search(rf"100%\|█+\| {n_texts}/{n_texts}", capsys.readouterr().err)
 
 
 def test_a_fit_that_fails_ends_with_a_bar_that_is_not_full(clf, corpus, bars):
