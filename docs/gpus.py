@@ -10,13 +10,8 @@ the shapes of the models are needed. Rows that were measured come from benchmark
 import json
 from pathlib import Path
 
-import torch
-from sizes import LORA, MODELS, N_CLASSES
-from transformers import AutoConfig
+from sizes import MODELS, estimator_of
 
-from skqlora.checkpoint.architecture import describe_architecture
-from skqlora.checkpoint.spec import BackboneSpec
-from skqlora.memory.estimate import estimate_training
 from skqlora.memory.planning import AUTO_SHARE
 
 RUNS = Path(__file__).parent.parent / "examples" / "benchmarks" / "results" / "gpu.json"
@@ -46,30 +41,10 @@ SHOWN = {
 
 def sizes_of(model_type, settings):
     """Return the GB of a training for each number of tokens and texts, kept and computed again."""
-    config = AutoConfig.for_model(model_type, **settings)
-    skeleton = describe_architecture(config, model=model_type, quantized=True).skeleton
-    spec = BackboneSpec(
-        model=model_type,
-        revision=None,
-        quantization="nf4",
-        double_quant=True,
-        compute_dtype=torch.bfloat16,
-        device=torch.device("cuda"),
-    )
+    estimate = estimator_of(model_type, settings)
 
     def taken(n_texts, n_tokens, checkpointing):
-        estimate = estimate_training(
-            skeleton,
-            spec,
-            LORA,
-            optim="paged_adamw_32bit",
-            n_outputs=N_CLASSES,
-            n_texts=n_texts,
-            n_tokens=n_tokens,
-            dropout=True,
-            checkpointing=checkpointing,
-        )
-        return estimate.resident / 1e9
+        return estimate(n_texts, n_tokens, checkpointing).resident / 1e9
 
     return {
         n_tokens: {

@@ -115,8 +115,8 @@ MODELS = {
 }
 
 
-def estimates_of(model_type, settings):
-    """Return the bytes of the base, and of a training in four forms."""
+def estimator_of(model_type, settings):
+    """Return a function of texts, tokens and checkpointing that estimates a training on a GPU."""
     config = AutoConfig.for_model(model_type, **settings)
     skeleton = describe_architecture(config, model=model_type, quantized=True).skeleton
     spec = BackboneSpec(
@@ -127,8 +127,9 @@ def estimates_of(model_type, settings):
         compute_dtype=torch.bfloat16,
         device=torch.device("cuda"),
     )
-    found = [
-        estimate_training(
+
+    def estimate(n_texts, n_tokens, checkpointing):
+        return estimate_training(
             skeleton,
             spec,
             LORA,
@@ -139,14 +140,20 @@ def estimates_of(model_type, settings):
             dropout=True,
             checkpointing=checkpointing,
         )
-        for n_texts, n_tokens, checkpointing in (
-            (BATCH, 64, False),
-            (BATCH, N_TOKENS, False),
-            (BATCH, N_TOKENS, True),
-            (1, N_TOKENS, True),
-        )
+
+    return estimate
+
+
+def estimates_of(model_type, settings):
+    """Return the bytes of the base, and of a training in four forms."""
+    estimate = estimator_of(model_type, settings)
+    found = [
+        estimate(BATCH, 64, False),
+        estimate(BATCH, N_TOKENS, False),
+        estimate(BATCH, N_TOKENS, True),
+        estimate(1, N_TOKENS, True),
     ]
-    return [found[0].base, *(estimate.resident for estimate in found)]
+    return [found[0].base, *(each.resident for each in found)]
 
 
 def main():

@@ -46,7 +46,10 @@ def text_bar(what: str, n_texts: int, *, shown: bool, delay: float = 0, leave: b
 
 def bars_can_move() -> bool:
     """Tell whether tqdm draws in a notebook, or in a terminal."""
-    if int(os.environ.get("RANK", "0")) > 0:  # torchrun starts several processes on one terminal
+    if os.environ.get("RANK", "0") not in (
+        "",
+        "0",
+    ):  # torchrun starts several processes on one terminal
         return False
     return issubclass(tqdm, tqdm_notebook) or (_stderr_is_open() and sys.stderr.isatty())
 

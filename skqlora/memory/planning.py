@@ -111,10 +111,11 @@ def estimate_fit(parameters: Parameters, n_outputs: int) -> MemoryEstimate:
     planned = PlannedFit(parameters, spec, architecture.skeleton, lora, n_outputs, n_tokens)
     asked = parameters.gradient_checkpointing
     estimate = planned.estimate(checkpointing=asked is True)
+    if asked != "auto":
+        return estimate
     least = planned.estimate(checkpointing=True)
-    if asked == "auto" and least.gradient_checkpointing:
-        return replace(estimate, total_checkpointed=least.total)
-    return estimate
+    again = least.total if least.gradient_checkpointing else None
+    return replace(estimate, total_checkpointed=again)
 
 
 def fits(estimate: MemoryEstimate, free: float) -> bool:

@@ -6,7 +6,7 @@ from skqlora._utils.messages import warn
 from skqlora.model.prediction import compute_features
 from skqlora.model.text_model import TextModel
 from skqlora.settings.parameters import Parameters
-from skqlora.settings.template import prompt_of_lines
+from skqlora.settings.template import TEXT_FIELD
 from skqlora.text.batches import TokenizedTexts
 from skqlora.text.inputs import LabelledTexts
 from skqlora.text.targets import Classes, Target
@@ -49,20 +49,17 @@ def check_class_names(parameters: Parameters, table: LabelledTexts) -> None:
         )
 
 
-def warn_of_missing_prompt(parameters: Parameters, table: LabelledTexts) -> None:
+def warn_of_missing_prompt(parameters: Parameters, lines: str | None) -> None:
     """Warn if the head starts from class names and no prompt asks for one.
 
     Parameters
     ----------
     parameters : Parameters
-    table : LabelledTexts
+    lines : str or None
+        The prompt that is made for several columns, if there are several.
     """
     if parameters.init_head_weights == "class_names" and parameters.prompt is None:
-        row, columns = table.texts[0], table.inputs.columns
-        lines = "{text}"
-        if not isinstance(row, str):
-            lines = prompt_of_lines(None if columns is None else columns.names, len(row))
-        example = f"{lines}\nLabel:"
+        example = f"{lines or TEXT_FIELD}\nLabel:"
         warn(
             "Got init_head_weights='class_names' without a prompt. The head starts as the model's "
             "guess at the next word, and only a prompt that ends where the name of the class would "

@@ -146,7 +146,7 @@ def prepared_training(
     )
     check_class_names(parameters, table)
     if start is None and not architecture.is_encoder:
-        warn_of_missing_prompt(parameters, table)
+        warn_of_missing_prompt(parameters, text_settings.prompt)
     cuts = Cuts()
     tokens, counts = tokenizer.tokenize(table.texts, text_settings, architecture.vocab_size, cuts)
     longer = text_settings.max_length < architecture.max_length(tokenizer.max_length)
